@@ -1,0 +1,19 @@
+"""One OpenAI-compatible front door for model servers, as a Twisted daemon.
+
+The map, from the outside in:
+
+    service     options, the composition root, start and drain
+    app         Klein routes; errors become OpenAI error bodies; one record per request
+    inference   the life of one request, top to bottom
+    dispatch    which backend a request gets, and how many it holds
+    relay       a backend's reply on its way to the client
+    backend     a model server behind HTTP          echo      no server at all
+    pool        is the backend there, and what is it
+    metrics     Prometheus and JSON                 logs      log lines
+    net         sockets: the server's channel, the client's agent
+    core        pure: values in, values out; no clock, no socket, no Twisted
+
+Imports run downwards only, and everything may import core.
+"""
+
+__version__ = "0.1.0"

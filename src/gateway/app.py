@@ -1,0 +1,256 @@
+"""Routes. Each request gets a record, an id and, whatever happens to it, an answer in OpenAI's form."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final
+
+from klein import Klein
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, succeed
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from twisted.web.resource import IResource
+from twisted.web.server import Request
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
+
+from .backend import Backend
+from .core import wire
+from .core.errors import BackendFailed, GatewayError
+from .core.record import Record
+from .inference import Inference
+from .metrics import Metrics
+from .net.channel import Refusal
+from .pool import Pool
+from .relay import connected
+
+_log: Final = Logger("gateway.app")
+_DRAINING: Final = "The gateway is shutting down: send the request again."
+
+Answer = Callable[[Request, Record], Awaitable[None]]
+Observer = Callable[[Record], None]
+
+
+class App:
+    """The HTTP face of the gateway.
+
+    ``now`` gives seconds on the monotonic clock, ``time`` Unix seconds. ``observers`` see every record once.
+    """
+
+    router = Klein()
+    router.url_map.strict_slashes = False
+    router.url_map.merge_slashes = False
+
+    def __init__(
+        self,
+        inference: Inference,
+        backend: Backend,
+        pool: Pool,
+        metrics: Metrics,
+        observers: Sequence[Observer],
+        now: Callable[[], float],
+        time: Callable[[], float],
+    ) -> None:
+        self.draining = False
+        self._inference = inference
+        self._backend = backend
+        self._pool = pool
+        self._metrics = metrics
+        self._observers = observers
+        self._now = now
+        self._time = time
+        self._running: set[Deferred[None]] = set()
+        self._finished: Deferred[None] | None = None
+
+    def resource(self) -> IResource:
+        return self.router.resource()
+
+    # --- routes
+
+    @router.route(wire.CHAT_COMPLETIONS, methods=["POST"])
+    def chat_completions(self, request: Request) -> Deferred[None]:
+        return self._run(request, wire.CHAT_COMPLETIONS, self._infer)
+
+    @router.route("/v1/models", methods=["GET"])
+    def models(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/v1/models", self._models)
+
+    @router.route("/v1/models/<path:id>", methods=["GET"])
+    def model(self, request: Request, id: str) -> Deferred[None]:
+        async def answer(request: Request, record: Record) -> None:
+            _reply(request, record, wire.find_model((await self._backend.probe()).models, id))
+
+        return self._run(request, "/v1/models/{id}", answer)
+
+    @router.route("/healthz", methods=["GET"])
+    def healthz(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/healthz", self._healthz)
+
+    @router.route("/readyz", methods=["GET"])
+    def readyz(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/readyz", self._readyz)
+
+    @router.route("/metrics", methods=["GET"])
+    def metrics(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/metrics", self._metrics_page)
+
+    @router.handle_errors(HTTPException)  # type: ignore[arg-type]  # klein wants IRequest, and gives what Server makes
+    def no_route(self, request: Request, failure: Failure) -> bytes:
+        """No route, or not with this method. Klein itself writes what this returns, and finishes the request."""
+        record = self._begin(request, "other")
+        error = _no_route(request, failure.value)
+        record.failed(error)
+        self._observe(record)
+        return _head_of_error(request, error)
+
+    # --- their work
+
+    async def _infer(self, request: Request, record: Record) -> None:
+        if self.draining:
+            raise GatewayError("draining", _DRAINING, retry_after=1.0)
+        await self._inference.infer(request, record)
+
+    async def _models(self, request: Request, record: Record) -> None:
+        _reply(request, record, (await self._backend.probe()).models)
+
+    async def _healthz(self, request: Request, record: Record) -> None:
+        _reply(request, record, b'{"status": "ok"}')
+
+    async def _readyz(self, request: Request, record: Record) -> None:
+        if self.draining:
+            raise GatewayError("draining", "The gateway is shutting down.")
+        if not self._pool.ready:
+            raise GatewayError("no_backend", "No backend is reachable.")
+        _reply(request, record, b'{"status": "ready"}')
+
+    async def _metrics_page(self, request: Request, record: Record) -> None:
+        accept = request.getHeader(b"accept") or b""
+        content_type, body = self._metrics.page(accept.decode("latin-1"))
+        _reply(request, record, body, content_type)
+
+    # --- one request
+
+    def _run(self, request: Request, route: str, answer: Answer) -> Deferred[None]:
+        record = self._begin(request, route)
+        running = ensureDeferred(self._answered(request, record, answer))
+        if not running.called:
+            self._running.add(running)
+            running.addBoth(self._ran, running)
+        return running
+
+    def _begin(self, request: Request, route: str) -> Record:
+        method = request.method.decode("ascii", "replace")
+        client = getattr(request.getClientAddress(), "host", "")
+        record = self._record(request.getHeader(b"x-request-id"), method, route, client)
+        request.setHeader(b"x-request-id", record.request_id.encode("ascii"))
+        return record
+
+    def _record(self, given_id: bytes | None, method: str, route: str, client: str) -> Record:
+        request_id = wire.accepted_request_id(given_id) or str(uuid.uuid4())
+        return Record(request_id, method[:20], route, self._now(), self._time(), client)
+
+    async def _answered(self, request: Request, record: Record, answer: Answer) -> None:
+        """Whatever ends the request, it ends with an answer if somebody waits for one, and is observed once."""
+        try:
+            await answer(request, record)
+        except CancelledError:
+            if connected(request):
+                _fail(request, record, GatewayError("draining", _DRAINING, retry_after=1.0))
+            else:
+                record.failed(GatewayError("client_cancelled", "The client went away."))
+        except GatewayError as error:
+            if isinstance(error, BackendFailed):
+                _log.warn(
+                    "{id}: backend {backend}: {code}: {why}",
+                    id=record.request_id,
+                    backend=record.backend,
+                    code=error.code,
+                    why=error.detail or error.message,
+                )
+            _fail(request, record, error)
+        except Exception:
+            _log.failure("{id}: a bug in the gateway", id=record.request_id)
+            _fail(request, record, GatewayError("internal_error", "The gateway failed; its log has the request id."))
+        finally:
+            self._observe(record)
+
+    def _observe(self, record: Record) -> None:
+        record.ended = self._now()
+        for observe in self._observers:
+            observe(record)
+
+    def refused(self, refusal: Refusal) -> str:
+        """A request that was turned away before it had a route; returns its id."""
+        given_id = refusal.headers.getRawHeaders(b"x-request-id", [None])[-1]
+        record = self._record(given_id, refusal.method, "other", refusal.client)
+        record.failed(refusal.error)
+        self._observe(record)
+        return record.request_id
+
+    # --- the end
+
+    def _ran(self, result: Any, running: Deferred[None]) -> Any:
+        self._running.discard(running)
+        if not self._running and self._finished is not None:
+            finished, self._finished = self._finished, None
+            finished.callback(None)
+        return result
+
+    def finished(self) -> Deferred[None]:
+        """Fires when no request is running."""
+        if not self._running:
+            return succeed(None)
+        if self._finished is None:
+            self._finished = Deferred()
+        return self._finished
+
+    def cut(self) -> int:
+        """End the requests that still run, each with an error its client can read; how many there were."""
+        left = list(self._running)
+        for running in left:
+            running.cancel()
+        return len(left)
+
+
+def _no_route(request: Request, problem: BaseException | None) -> GatewayError:
+    path = request.path.decode("utf-8", "replace")[:200]
+    method = request.method.decode("ascii", "replace")[:20]
+    if not isinstance(problem, MethodNotAllowed):
+        return GatewayError("unknown_url", f"Unknown request URL: {method} {path}.")
+    allow = tuple(sorted(problem.valid_methods or ()))
+    return GatewayError("method_not_allowed", f"{path} takes {', '.join(allow)}, not {method}.", allow=allow)
+
+
+def _reply(request: Request, record: Record, body: bytes, content_type: str = "application/json") -> None:
+    record.status = 200
+    _write(request, _head(request, 200, content_type, body))
+
+
+def _fail(request: Request, record: Record, error: GatewayError) -> None:
+    """Tell the client, if its answer has not begun; else cut it short, which a client can see."""
+    begun = request.startedWriting or not connected(request)
+    record.status = record.status if begun else error.status
+    record.failed(error)
+    if begun:
+        if connected(request):
+            request.loseConnection()
+        return
+    _write(request, _head_of_error(request, error))
+
+
+def _head_of_error(request: Request, error: GatewayError) -> bytes:
+    for name, value in error.headers():
+        request.setHeader(name.encode("ascii"), value.encode("ascii"))
+    return _head(request, error.status, "application/json", error.body())
+
+
+def _head(request: Request, status: int, content_type: str, body: bytes) -> bytes:
+    request.setResponseCode(status)
+    request.setHeader(b"content-type", content_type.encode("ascii"))
+    request.setHeader(b"content-length", b"%d" % len(body))
+    return body
+
+
+def _write(request: Request, body: bytes) -> None:
+    request.write(body)
+    request.finish()

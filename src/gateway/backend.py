@@ -1,0 +1,221 @@
+"""A model server: what the gateway asks of one, and the one behind HTTP.
+
+`Backend.send` returns when there is something to tell the client: a whole `Answer`, or a `Stream`
+whose first bytes are in. Until then nothing has reached the client, so every failure still has an
+honest status. Whatever goes wrong on the way comes out as `BackendFailed`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Literal, NamedTuple, Protocol
+
+import msgspec
+from treq.client import HTTPClient
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.web.http_headers import Headers
+
+from .core import assembly, sse, usage, wire
+from .core.errors import BackendFailed
+from .core.usage import Usage
+from .exchange import Exchange, Receive, Timeouts
+
+Kind = Literal["llamacpp", "openai", "echo"]
+
+
+class Answer(NamedTuple):
+    """A reply that is all there."""
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    usage: Usage = Usage()
+    finish_reason: str | None = None
+
+
+class Stream(Protocol):
+    """A reply whose body is on its way. It is a push producer: pausing it pauses the backend.
+
+    ``framed``: the body says itself where it ends, so a connection that closes early shows.
+    ``usage_added``: the gateway asked for the usage chunk, the client did not.
+    """
+
+    status: int
+    headers: list[tuple[bytes, bytes]]
+    framed: bool
+    usage_added: bool
+
+    def deliver(self, receive: Receive) -> Deferred[None]:
+        """Push the body to ``receive``; fires when it has ended, fails with `BackendFailed`."""
+
+    def pauseProducing(self) -> None: ...
+    def resumeProducing(self) -> None: ...
+    def stopProducing(self) -> None:
+        """Nobody wants the rest: the backend's connection closes at once."""
+
+
+class Probe(NamedTuple):
+    """What a look at a backend found: what it is, and its list of models as it gave it."""
+
+    kind: Kind
+    models: bytes
+    model_ids: tuple[str, ...]
+
+
+class Backend(Protocol):
+    """One server."""
+
+    name: str
+
+    async def send(self, call: wire.Call) -> Answer | Stream:
+        """Raises `BackendFailed`."""
+
+    async def probe(self) -> Probe:
+        """Raises `BackendFailed`. Costs no generation."""
+
+
+PROBE_TIMEOUTS: Final = Timeouts(first_byte=5.0, idle=5.0, total=5.0)
+
+
+class HTTPBackend:
+    """An OpenAI-compatible server, called with treq."""
+
+    def __init__(
+        self,
+        name: str,
+        url: str,
+        client: HTTPClient,
+        clock: IReactorTime,
+        timeouts: Timeouts,
+        *,
+        kind: Kind | None = None,
+        api_key: str | None = None,
+        stream_usage: bool = True,
+        max_answer: int = 64 * 1024 * 1024,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self._detect = kind is None
+        self._url = url.encode("ascii")
+        self._client = client
+        self._clock = clock
+        self._timeouts = timeouts
+        self._authorization = f"Bearer {api_key}".encode("ascii") if api_key else None
+        self._stream_usage = stream_usage
+        self._max_answer = max_answer
+
+    async def send(self, call: wire.Call) -> Answer | Stream:
+        if self.kind is None:
+            await self._identify()
+        assemble = self.kind == "llamacpp" and not call.stream
+        ask_usage = self.kind != "llamacpp" and call.stream and self._stream_usage and not call.include_usage
+        body = wire.as_stream(call.body) if assemble else wire.with_usage(call.body) if ask_usage else call.body
+        exchange = Exchange(self._client, self._clock, self._timeouts)
+        exchange.usage_added = ask_usage
+        await exchange.open("POST", self._url + call.path.encode("ascii"), self._headers(call), body)
+        if not exchange.is_event_stream:
+            return _judged(Answer(exchange.status, exchange.headers, await exchange.content(self._max_answer)))
+        if assemble:
+            return await _assembled(exchange, self._max_answer)
+        return exchange
+
+    async def probe(self) -> Probe:
+        exchange = Exchange(self._client, self._clock, PROBE_TIMEOUTS)
+        headers = Headers({b"accept-encoding": [b"identity"]})
+        if self._authorization:
+            headers.setRawHeaders(b"authorization", [self._authorization])
+        await exchange.open("GET", self._url + b"/v1/models", headers, None)
+        answer = Answer(exchange.status, exchange.headers, await exchange.content(self._max_answer))
+        # 501 is a server that knows no GET: it is there, and has no list.
+        found = _probed(answer if answer.status == 501 else _judged(answer), exchange.server)
+        if self._detect:
+            self.kind = found.kind
+        return found._replace(kind=self.kind or found.kind)
+
+    async def _identify(self) -> None:
+        """Ask what the backend is before the first request; one that will not tell is a plain OpenAI server."""
+        try:
+            await self.probe()
+        except BackendFailed as failure:
+            if failure.code in ("backend_unreachable", "connect_timeout"):
+                raise
+            self.kind = self.kind or "openai"
+
+    def _headers(self, call: wire.Call) -> Headers:
+        headers = Headers()
+        for name, value in call.headers:
+            headers.addRawHeader(name, value)
+        headers.setRawHeaders(b"content-type", [b"application/json"])
+        headers.setRawHeaders(b"accept-encoding", [b"identity"])
+        headers.setRawHeaders(b"x-request-id", [call.request_id.encode("ascii")])
+        if self._authorization:
+            headers.setRawHeaders(b"authorization", [self._authorization])
+        return headers
+
+
+def _judged(answer: Answer) -> Answer:
+    """A success or the caller's own fault (4xx) passes; anything else is the backend's failure."""
+    if 200 <= answer.status < 300:
+        return _with_usage(answer) if _is_json(answer.headers) else answer
+    if 400 <= answer.status < 500:
+        return answer
+    text = answer.body[:500].decode("utf-8", "replace")
+    if answer.status >= 500:
+        wait = next((value for name, value in answer.headers if name.lower() == b"retry-after"), b"")
+        retry_after = float(wait) if wait.isdigit() and len(wait) < 6 else None
+        message = f"The backend failed with status {answer.status}{_said(answer.body)}."
+        raise BackendFailed("backend_error", message, detail=text, retry_after=retry_after)
+    raise BackendFailed("backend_protocol_error", f"The backend answered with status {answer.status}.", detail=text)
+
+
+def _is_json(headers: list[tuple[bytes, bytes]]) -> bool:
+    value = next((value for name, value in headers if name.lower() == b"content-type"), b"")
+    media_type = value.partition(b";")[0].strip().lower()
+    return media_type == b"application/json" or media_type.endswith(b"+json")
+
+
+def _with_usage(answer: Answer) -> Answer:
+    try:
+        used, finish_reason = usage.of_answer(answer.body)
+    except msgspec.DecodeError as problem:
+        message = "The backend's answer is not the JSON that it says it is."
+        raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
+    return answer._replace(usage=used, finish_reason=finish_reason)
+
+
+def _said(body: bytes) -> str:
+    """The message of an error body in OpenAI's form, which is meant for the caller; of anything else nothing."""
+    try:
+        found = msgspec.json.decode(body, type=dict[str, Any]).get("error")
+    except msgspec.DecodeError:
+        return ""
+    message = found.get("message") if isinstance(found, dict) else None
+    return f": {message[:300].rstrip('.')}" if isinstance(message, str) and message else ""
+
+
+async def _assembled(exchange: Exchange, limit: int) -> Answer:
+    assembler = assembly.Assembler(limit)
+    try:
+        await exchange.deliver(assembler.feed)
+        body = assembler.answer()
+    except assembly.StreamError as problem:
+        return _judged(Answer(problem.status, [(b"Content-Type", b"application/json")], problem.body))
+    except (assembly.Broken, sse.TooLong) as problem:
+        message = "The backend's answer is broken or was cut short."
+        raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
+    kept = [(name, value) for name, value in exchange.headers if name.lower() != b"content-type"]
+    return _with_usage(Answer(exchange.status, [*kept, (b"Content-Type", b"application/json; charset=utf-8")], body))
+
+
+def _probed(answer: Answer, server: bytes) -> Probe:
+    kind: Kind = "llamacpp" if server.lower().startswith(b"llama.cpp") else "openai"
+    if answer.status >= 400:  # it answers, but has no list, or none for us
+        return Probe(kind, wire.model_list([], 0), ())
+    try:
+        found = wire.models(answer.body)
+    except msgspec.DecodeError as problem:
+        message = "The backend's list of models is not in OpenAI's form."
+        raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
+    if any(entry.get("owned_by") == "llamacpp" for entry in found):
+        kind = "llamacpp"
+    return Probe(kind, answer.body, tuple(entry["id"] for entry in found))

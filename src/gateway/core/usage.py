@@ -1,0 +1,141 @@
+"""How many tokens a request used, and how it ended, read off the answer as it passes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from . import sse
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Token counts of one request. ``estimated``: counted from the deltas, as the backend never said."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    estimated: bool = False
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+
+
+class _Timings(msgspec.Struct):
+    """llama-server's own report; it needs no ``stream_options.include_usage``."""
+
+    cache_n: int = 0
+    prompt_n: int = 0
+    predicted_n: int = 0
+
+
+class _Delta(msgspec.Struct):
+    content: object = None
+    reasoning_content: object = None
+    reasoning: object = None
+    tool_calls: object = None
+
+
+class _Choice(msgspec.Struct):
+    delta: _Delta | None = None
+    finish_reason: str | None = None
+
+
+class _Chunk(msgspec.Struct):
+    choices: list[_Choice] | None = None
+    usage: _Usage | None = None
+    timings: _Timings | None = None
+    error: object = None
+
+
+_decode: Final = msgspec.json.Decoder(_Chunk).decode
+
+
+def _usage(chunk: _Chunk) -> Usage | None:
+    if chunk.usage is not None:
+        details = chunk.usage.prompt_tokens_details
+        return Usage(
+            prompt_tokens=chunk.usage.prompt_tokens or 0,
+            completion_tokens=chunk.usage.completion_tokens or 0,
+            cached_tokens=(details.cached_tokens or 0) if details else 0,
+        )
+    if chunk.timings is not None:
+        timings = chunk.timings
+        return Usage(timings.cache_n + timings.prompt_n, timings.predicted_n, timings.cache_n)
+    return None
+
+
+class UsageMeter:
+    """Folds the events of one stream into tokens, finish reason and the time of the first token.
+
+    ``first_token`` and ``last_token`` are the caller's ``now`` of the first and the last event that
+    carried generated text; ``done`` is True once ``[DONE]`` was seen, ``failed`` once the backend
+    sent an error event.
+    """
+
+    def __init__(self) -> None:
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self.finish_reason: str | None = None
+        self.done = False
+        self.failed = False
+        self._reported: Usage | None = None
+        self._deltas = 0
+
+    @property
+    def whole(self) -> bool:
+        """The answer has an end of its own: ``[DONE]``, a finish reason, or the backend's error."""
+        return self.done or self.finish_reason is not None or self.failed
+
+    @property
+    def usage(self) -> Usage:
+        """What the backend reported, else an estimate: one token for each delta."""
+        if self._reported is not None:
+            return self._reported
+        return Usage(completion_tokens=self._deltas, estimated=True)
+
+    def see(self, event: sse.Event, now: float) -> bool:
+        """Take one event into account; True if it is the usage chunk (no choices, only counts)."""
+        data = event.data
+        if data is None:
+            return False
+        if data == sse.DONE:
+            self.done = True
+            return False
+        try:
+            chunk = _decode(data)
+        except msgspec.DecodeError:
+            return False  # not ours to judge: it is relayed as it came
+        if chunk.error is not None:
+            self.failed = True
+        reported = _usage(chunk)
+        if reported is not None:
+            self._reported = reported
+        for choice in chunk.choices or ():
+            if choice.finish_reason is not None:
+                self.finish_reason = choice.finish_reason
+            delta = choice.delta
+            if delta and (delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls):
+                self._deltas += 1
+                self.last_token = now
+                if self.first_token is None:
+                    self.first_token = now
+        return chunk.usage is not None and chunk.choices == []
+
+
+def of_answer(body: bytes) -> tuple[Usage, str | None]:
+    """Usage and finish reason of a whole answer. Raises msgspec.DecodeError if it is no JSON object."""
+    try:
+        chunk = _decode(body)
+    except msgspec.ValidationError:
+        msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        return Usage(), None
+    finish = next((choice.finish_reason for choice in chunk.choices or () if choice.finish_reason), None)
+    return _usage(chunk) or Usage(), finish

@@ -1,0 +1,245 @@
+"""OpenAI chat completions on the wire: a strict reader, builders, and which headers travel."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from . import sse
+from .errors import GatewayError
+from .usage import Usage
+
+CHAT_COMPLETIONS: Final = "/v1/chat/completions"
+
+
+# --- requests ---------------------------------------------------------------------------------
+
+
+class Part(msgspec.Struct):
+    """One part of a message's content; only ``text`` parts carry ``text``."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct):
+    """One message of the conversation; any role is the engine's to judge."""
+
+    role: str
+    content: str | list[Part] | None = None
+
+    def text(self) -> str:
+        """The text of the content; parts that are not text have none."""
+        if isinstance(self.content, list):
+            return "\n".join(part.text for part in self.content if part.text is not None)
+        return self.content or ""
+
+
+class StreamOptions(msgspec.Struct):
+    """How a stream is to be sent."""
+
+    include_usage: bool | None = None
+
+
+class ChatRequest(msgspec.Struct):
+    """What the gateway itself reads of a request; engines have more fields, which pass through."""
+
+    messages: list[Message]
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class Call(msgspec.Struct):
+    """One request as a backend is to see it: ``body`` is what the client sent, byte for byte."""
+
+    path: str
+    body: bytes
+    chat: ChatRequest
+    request_id: str
+    headers: list[tuple[bytes, bytes]] = []
+
+    @property
+    def stream(self) -> bool:
+        return bool(self.chat.stream)
+
+    @property
+    def include_usage(self) -> bool:
+        options = self.chat.stream_options
+        return options is not None and bool(options.include_usage)
+
+
+_chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
+_AT: Final = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
+_MISSING: Final = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
+
+_TYPES: Final = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+_TYPE: Final = re.compile(r"\b(?:str|int|float|bool)\b")
+
+
+def parse_chat(body: bytes) -> ChatRequest:
+    """Read a chat completion request.
+
+    Raises `GatewayError`: ``invalid_json``, or ``missing_required_parameter``, ``invalid_type``,
+    ``invalid_value`` with ``param`` as the path of the field.
+    """
+    try:
+        chat = _chat_decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise _validation_error(str(error)) from None
+    except RecursionError:
+        raise GatewayError("invalid_json", "The request body is nested too deeply.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        what = str(error).removeprefix("JSON is malformed: ") if body.strip() else "it is empty"
+        raise GatewayError("invalid_json", f"The request body is not valid JSON: {what}.") from None
+    if not chat.messages:
+        raise GatewayError("invalid_value", "'messages' is empty: send at least one message.", param="messages")
+    return chat
+
+
+def _validation_error(text: str) -> GatewayError:
+    found = _AT.fullmatch(text)
+    what, path = (found["what"], found["path"] or "") if found else (text, "")
+    param = path.removeprefix("$").removeprefix(".")
+    missing = _MISSING.fullmatch(what)
+    if missing:
+        param = f"{param}.{missing['field']}" if param else missing["field"]
+        return GatewayError("missing_required_parameter", f"Missing required parameter: '{param}'.", param=param)
+    subject = f"'{param}'" if param else "the request body"
+    what = _TYPE.sub(lambda word: _TYPES[word[0]], what.replace("`", "'"))
+    return GatewayError("invalid_type", f"Invalid type for {subject}: {what[:1].lower()}{what[1:]}.", param=param or None)
+
+
+def as_stream(body: bytes) -> bytes:
+    """The same request, asking for a stream with usage; every other field keeps its own bytes."""
+    return _rewritten(body, stream=True)
+
+
+def with_usage(body: bytes) -> bytes:
+    """The same request with ``stream_options.include_usage`` on; the rest keeps its own bytes."""
+    return _rewritten(body)
+
+
+def _rewritten(body: bytes, **changes: object) -> bytes:
+    fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    options = msgspec.json.decode(fields.get("stream_options", b"null"), type=dict[str, Any] | None) or {}
+    return msgspec.json.encode({**fields, **changes, "stream_options": {**options, "include_usage": True}})
+
+
+# --- headers ----------------------------------------------------------------------------------
+
+_HOP_BY_HOP: Final = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection"
+    b" te trailer transfer-encoding upgrade".split()
+)
+"""RFC 9110 section 7.6.1: these concern one connection and never travel."""
+
+_NOT_FORWARDED: Final = _HOP_BY_HOP | {
+    b"host",
+    b"content-length",
+    b"content-type",  # set anew: the body was read as JSON, whatever its label said
+    b"expect",
+    b"accept-encoding",  # the relay reads what passes: identity only
+    b"authorization",  # the caller's credentials are for the gateway
+    b"x-api-key",
+    b"cookie",
+    b"x-request-id",  # replaced by the one that this request goes by
+}
+
+_RETURNED: Final = frozenset(
+    [b"content-type", b"content-language", b"retry-after", b"retry-after-ms", b"x-should-retry", b"openai-processing-ms"]
+)
+"""What comes back of a backend's headers. The rest (Server, Set-Cookie, CORS...) is the backend's own affair."""
+
+
+def forwardable(headers: Iterable[tuple[bytes, Sequence[bytes]]], *, authorization: bool) -> list[tuple[bytes, bytes]]:
+    """The client's headers that go on to a backend; ``authorization``: the caller's credentials too.
+
+    Hop-by-hop headers stay, and those that Connection names (RFC 9110 section 7.6.1).
+    """
+    kept = [(name.lower(), value) for name, values in headers for value in values]
+    named = {token.strip().lower() for name, value in kept if name == b"connection" for token in value.split(b",")}
+    dropped = _NOT_FORWARDED | named
+    if authorization:
+        dropped = dropped - {b"authorization", b"x-api-key"}
+    return [(name, value) for name, value in kept if name not in dropped]
+
+
+def returnable(headers: Iterable[tuple[bytes, Sequence[bytes]]]) -> list[tuple[bytes, bytes]]:
+    """The backend's headers that come back to the client."""
+    return [(name, value) for name, values in headers if name.lower() in _RETURNED for value in values]
+
+
+_REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")
+
+
+def accepted_request_id(header: bytes | None) -> str | None:
+    """The client's X-Request-ID if it is 1 to 128 printable ASCII characters without space, else None."""
+    return header.decode("ascii") if header and _REQUEST_ID.fullmatch(header) else None
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+def usage_object(usage: Usage) -> dict[str, int]:
+    """OpenAI's ``usage`` object."""
+    prompt, completion = usage.prompt_tokens, usage.completion_tokens
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def chat_completion(id: str, created: int, model: str, content: str, usage: Usage) -> bytes:
+    """A whole ``chat.completion``; ``created`` in Unix seconds."""
+    message = {"role": "assistant", "content": content}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    answer = {"id": id, "object": "chat.completion", "created": created, "model": model}
+    return msgspec.json.encode({**answer, "choices": [choice], "usage": usage_object(usage)})
+
+
+def chat_stream(
+    id: str, created: int, model: str, pieces: Iterable[str], usage: Usage, *, include_usage: bool
+) -> Iterator[bytes]:
+    """The same as SSE events: the role, one chunk a piece, the finish reason, usage if asked, ``[DONE]``."""
+    head = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
+    if include_usage:
+        head["usage"] = None
+
+    def chunk(delta: Mapping[str, str], finish_reason: str | None = None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return sse.encode(msgspec.json.encode({**head, "choices": [choice]}))
+
+    yield chunk({"role": "assistant", "content": ""})
+    for piece in pieces:
+        yield chunk({"content": piece})
+    yield chunk({}, "stop")
+    if include_usage:
+        yield sse.encode(msgspec.json.encode({**head, "choices": [], "usage": usage_object(usage)}))
+    yield sse.encode(sse.DONE)
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+def model_list(ids: Iterable[str], created: int) -> bytes:
+    """A ``list`` of models in OpenAI's form."""
+    data = [{"id": id, "object": "model", "created": created, "owned_by": "gateway"} for id in ids]
+    return msgspec.json.encode({"object": "list", "data": data})
+
+
+def find_model(listing: bytes, id: str) -> bytes:
+    """One entry of a model list, by its ``id`` or one of its ``aliases``. Raises `GatewayError` model_not_found."""
+    for entry in models(listing):
+        aliases = entry.get("aliases")
+        if entry["id"] == id or (isinstance(aliases, list) and id in aliases):
+            return msgspec.json.encode(entry)
+    raise GatewayError("model_not_found", f"The model '{id[:200]}' does not exist: GET /v1/models lists those that do.")
+
+
+def models(listing: bytes) -> list[dict[str, Any]]:
+    """The entries of a model list that have an ``id``. Raises msgspec.DecodeError if it is no such list."""
+    data = msgspec.json.decode(listing, type=dict[str, Any]).get("data")
+    if not isinstance(data, list):
+        raise msgspec.ValidationError("no `data` list")
+    return [entry for entry in data if isinstance(entry, dict) and isinstance(entry.get("id"), str)]

@@ -1,0 +1,45 @@
+"""The life of one inference request, top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from twisted.web.server import Request
+
+from .core import wire
+from .core.errors import GatewayError
+from .core.record import Record
+from .dispatch import Dispatcher
+from .relay import relay
+
+
+class Inference:
+    """Takes a request to a backend and its reply back.
+
+    ``now`` gives seconds on the monotonic clock; ``forward_authorization`` lets the caller's own
+    credentials through to the backend.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, now: Callable[[], float], *, forward_authorization: bool) -> None:
+        self._dispatcher = dispatcher
+        self._now = now
+        self._forward_authorization = forward_authorization
+
+    async def infer(self, request: Request, record: Record) -> None:
+        """Raises `GatewayError` for what fails before the first byte of the answer."""
+        call = self._read(request, record)
+        async with self._dispatcher.lease(call) as backend:
+            record.sent_to(backend.name, self._now())
+            request.setHeader(b"x-gateway-backend", backend.name.encode("ascii"))
+            reply = await backend.send(call)
+            await relay(reply, request, record, self._now)
+
+    def _read(self, request: Request, record: Record) -> wire.Call:
+        if request.requestHeaders.hasHeader(b"content-encoding"):
+            raise GatewayError("unsupported_media_type", "Send the body without Content-Encoding.")
+        body: bytes = request.content.read()  # type: ignore[union-attr]  # there once the request is in
+        chat = wire.parse_chat(body)
+        record.model, record.stream = chat.model or "", bool(chat.stream)
+        headers = request.requestHeaders.getAllRawHeaders()
+        kept = wire.forwardable(headers, authorization=self._forward_authorization)
+        return wire.Call(wire.CHAT_COMPLETIONS, body, chat, record.request_id, kept)

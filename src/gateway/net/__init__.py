@@ -1,0 +1,1 @@
+"""The transport under Klein and treq."""

@@ -1,0 +1,310 @@
+"""The composition root: options, the parts and how they are joined, start, and drain.
+
+Only this module knows the process: its files, environment, signals, clocks and reactor.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar, Final, NoReturn
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
+from twisted.internet.interfaces import IListeningPort
+from twisted.logger import ILogObserver, Logger
+from twisted.python import usage
+from twisted.python.logfile import LogFile
+
+from . import __version__
+from .app import App
+from .backend import Backend, HTTPBackend
+from .core.settings import Settings, SettingsError, Source, option_rows, resolve
+from .dispatch import Dispatcher
+from .echo import EchoBackend
+from .exchange import Timeouts
+from .inference import Inference
+from .logs import LineObserver, access_log
+from .metrics import Metrics
+from .net.agent import BackendClient, make_agent
+from .net.agent import Pool as ConnectionPool
+from .net.channel import Limits
+from .net.server import Server
+from .pool import BackendState, Pool
+
+BACKLOG: Final = 4096
+FLUSH_SECONDS: Final = 2.0
+"""How long answers that are complete may take to leave, at the very end."""
+
+_log: Final = Logger("gateway.service")
+
+
+def _exit(problem: object) -> NoReturn:
+    """One line and exit status 1, before there is a daemon that could not be asked."""
+    sys.exit(f"inference-gateway: {problem}")
+
+
+class Options(usage.Options):
+    """The command line of ``twistd inference-gateway``, made from the settings table."""
+
+    synopsis = "[options]"
+    longdesc = "Settings may also stand in a TOML file (--config), .env, or the environment: see docs/configuration.md."
+    optParameters: ClassVar = [[name, None, None, help] for name, help in option_rows()]
+    settings: Settings
+
+    def opt_version(self) -> NoReturn:
+        """Print the version and exit."""
+        sys.stdout.write(f"inference-gateway {__version__}\n")
+        sys.exit(0)
+
+    def parseOptions(self, options: list[str] | None = None) -> None:
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as problem:
+            _exit(f"{problem}; --help lists the options")
+
+    def postOptions(self) -> None:
+        """Put the sources together; a problem with any of them ends the start."""
+        given = {name.replace("-", "_"): value for name, value in self.items() if value is not None}
+        env = [Source(".env", "env", _dotenv(Path(".env"))), Source("environment", "env", os.environ)]
+        option = Source("command line", "option", given)
+        try:
+            # Where the file is, is told by the other sources; what it says is overruled by them.
+            config = resolve([*env, option]).config
+            files = [Source(config, "file", _toml(Path(config)))] if config else []
+            self.settings = resolve([*files, *env, option])
+        except SettingsError as problem:
+            _exit(problem)
+
+
+def _dotenv(path: Path) -> dict[str, str | None]:
+    if not path.is_file():
+        return {}
+    try:
+        return dict(dotenv_values(path, interpolate=False, encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as problem:
+        raise SettingsError(f"{path}: cannot be read: {problem}") from None
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        raise SettingsError(f"{path}: cannot be read: {problem}") from None
+
+
+def makeService(options: Options) -> Gateway:
+    """Everything that can fail at the start fails here: twistd has not become a daemon yet."""
+    from twisted.internet import reactor  # noqa: PLC0415 - twistd may still choose which one
+
+    listening = _listen(options.settings.host, options.settings.port)
+    return Gateway(options.settings, reactor, listening, _observer(options.parent or {}, options.settings))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket, not yet listening on the reactor."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listening = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as problem:
+        _exit(f"cannot listen on {host} port {port} (--host, --port): {problem.strerror or problem}")
+    listening.setblocking(False)
+    return listening
+
+
+def _observer(twistd: Any, settings: Settings) -> LineObserver | None:
+    """Where log lines go: as twistd was told, but in lines of ours. None: twistd was told to log elsewhere."""
+    if "nodaemon" not in twistd or twistd.get("syslog") or twistd.get("logger"):
+        return None
+    path = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
+    if path == "-":
+        if not twistd.get("nodaemon"):
+            _exit("a daemon cannot log to standard output: give twistd --logfile a path, or -n")
+        return LineObserver(_StandardOutput(), settings.log_format)
+    place = Path(path).absolute()
+    try:
+        file = LogFile(place.name, str(place.parent), rotateLength=settings.log_file_size, maxRotatedFiles=settings.log_files)
+    except OSError as problem:
+        _exit(f"cannot write the log file {path}: {problem.strerror}")
+    return LineObserver(_LogWriter(file), settings.log_format)
+
+
+class _StandardOutput:
+    """The process's own; twistd soon puts a file that logs in its place."""
+
+    def __init__(self) -> None:
+        self._file = sys.stdout
+
+    def __call__(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+
+class _LogWriter:
+    """A log file that is rotated at its size, and by SIGUSR1."""
+
+    def __init__(self, file: LogFile) -> None:
+        self._file = file
+
+    def __call__(self, line: str) -> None:
+        self._file.write(line)
+
+    def rotate(self) -> None:
+        self._file.rotate()
+
+
+class Gateway(Service):
+    """The whole gateway as one service: its stop is one sequence, in which each step waits for the one before."""
+
+    name = "inference-gateway"
+
+    def __init__(
+        self, settings: Settings, reactor: Any, listening: socket.socket, observer: LineObserver | None = None
+    ) -> None:
+        self._settings = settings
+        self._reactor = reactor
+        self._listening = listening
+        self._observer = observer
+        self._port: IListeningPort | None = None
+        self._stopping = False
+        self._hurry: Deferred[None] = Deferred()
+        self._connections: ConnectionPool | None = None
+        self.backend = self._make_backend()
+        self.dispatcher = Dispatcher(self.backend)
+        self.pool = Pool(self.backend, reactor, settings.probe_interval)
+        metrics = Metrics(self, time.monotonic)
+        inference = Inference(self.dispatcher, time.monotonic, forward_authorization=settings.forward_authorization)
+        observers = (metrics, access_log)
+        self.app = App(inference, self.backend, self.pool, metrics, observers, time.monotonic, time.time)
+        limits = Limits(settings.max_body, settings.max_connections, settings.client_timeout, settings.idle_timeout)
+        self.server = Server(self.app.resource(), limits, reactor, self.app.refused)
+
+    def _make_backend(self) -> Backend:
+        settings = self._settings
+        if settings.backend_url is None:
+            return EchoBackend(self._reactor, time.time)
+        agent, self._connections = make_agent(self._reactor, settings.connect_timeout)
+        return HTTPBackend(
+            urlsplit(settings.backend_url).netloc,
+            settings.backend_url,
+            BackendClient(agent),
+            self._reactor,
+            Timeouts(settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout),
+            kind=None if settings.backend_kind == "auto" else settings.backend_kind,
+            api_key=settings.backend_api_key,
+            stream_usage=settings.stream_usage,
+            max_answer=settings.max_answer,
+        )
+
+    # --- live numbers, for metrics
+
+    @property
+    def inflight(self) -> dict[str, int]:
+        return self.dispatcher.inflight
+
+    @property
+    def connections(self) -> int:
+        return self.server.connections
+
+    @property
+    def draining(self) -> bool:
+        return self.app.draining
+
+    def backends(self) -> list[BackendState]:
+        return self.pool.snapshot()
+
+    # --- start
+
+    def setServiceParent(self, parent: Any) -> None:
+        if self._observer is not None:
+            parent.setComponent(ILogObserver, self._observer)
+        super().setServiceParent(parent)
+
+    def startService(self) -> None:
+        super().startService()
+        self._port = self._reactor.adoptStreamPort(self._listening.fileno(), self._listening.family, self.server)
+        self._listening.close()
+        self.pool.startService()
+        self._reactor.callWhenRunning(self._install_signals)
+        address: Any = self._port.getHost()
+        host = f"[{address.host}]" if ":" in address.host else address.host
+        _log.info(
+            "inference-gateway {version} listens on http://{host}:{port}, backend {backend}",
+            version=__version__,
+            host=host,
+            port=address.port,
+            backend=self._settings.backend_url or "none: requests are echoed",
+        )
+
+    def _install_signals(self) -> None:
+        """twistd's own handlers would end the process with the signal's status, or without a drain."""
+
+        def on(number: int, act: Callable[[], object]) -> None:
+            signal.signal(number, lambda *_: self._reactor.callFromThread(act))
+
+        on(signal.SIGTERM, self._stop)
+        on(signal.SIGINT, self._stop)
+        # Hanging up ends a program at its terminal, and is for a daemon a word about its settings.
+        on(signal.SIGHUP, self._stop if sys.stdin is not None and sys.stdin.isatty() else self._nothing_to_reload)
+        write = getattr(self._observer, "_write", None)
+        if isinstance(write, _LogWriter):
+            on(signal.SIGUSR1, write.rotate)
+
+    def _nothing_to_reload(self) -> None:
+        _log.warn("SIGHUP: settings are read at the start; restart to change them")
+
+    # --- stop
+
+    def _stop(self) -> None:
+        """The first signal lets requests finish; a second one does not."""
+        if not self._stopping:
+            self._stopping = True
+            self._reactor.stop()
+        elif not self._hurry.called:
+            _log.warn("second signal: requests in flight are ended now")
+            self._hurry.callback(None)
+
+    def stopService(self) -> Deferred[None]:
+        return ensureDeferred(self._drain())
+
+    async def _drain(self) -> None:
+        """Refuse new work, finish what is in flight, say goodbye to what is left, close everything."""
+        grace = self._settings.grace
+        self.app.draining = self.server.draining = True
+        _log.info("stopping: requests in flight get {grace:g} s", grace=grace)
+        await self._first_of(grace, self.app.finished(), self._hurry)
+        left = self.app.cut()
+        if left:
+            _log.warn("ended {left} requests that were still in flight", left=left)
+        if self._port is not None:
+            await maybeDeferred(self._port.stopListening)
+        await self._first_of(FLUSH_SECONDS, self.server.drain())
+        self.server.abort()
+        self.pool.stopService()
+        if self._connections is not None:
+            await self._connections.closeCachedConnections()
+        super().stopService()
+        _log.info("stopped")
+
+    async def _first_of(self, seconds: float, *events: Deferred[None]) -> None:
+        """Wait for one of the events, but no longer than this."""
+        enough: Deferred[None] = Deferred()
+
+        def happened(_: object = None) -> None:
+            if not enough.called:
+                enough.callback(None)
+
+        timer = self._reactor.callLater(seconds, happened)
+        for event in events:
+            event.addBoth(happened)
+        await enough
+        if timer.active():
+            timer.cancel()

@@ -1,0 +1,56 @@
+"""What every test stands on: nothing may be left behind, and nothing may fail in silence."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import pytest
+from twisted.logger import LogEvent, globalLogPublisher
+
+
+def cannot_run(why: str, remedy: str) -> NoReturn:
+    """Skip a test whose machine lacks something; under CI, where everything must run, fail it."""
+    if os.environ.get("CI"):
+        pytest.fail(f"{why}: {remedy}")
+    pytest.skip(f"{why}: {remedy}")
+
+
+class Logged:
+    """The failures that were logged while a test ran."""
+
+    def __init__(self) -> None:
+        self.failures: list[LogEvent] = []
+
+    def __call__(self, event: LogEvent) -> None:
+        if "log_failure" in event:
+            self.failures.append(event)
+
+    def flush(self) -> list[BaseException]:
+        """Take the failures that the test expected."""
+        taken, self.failures = self.failures, []
+        return [event["log_failure"].value for event in taken]
+
+
+@pytest.fixture(autouse=True)
+def logged(request: pytest.FixtureRequest) -> Iterator[Logged]:
+    """Fails a test that logged a failure, or dropped a Deferred with an unhandled one, or left a delayed call."""
+    seen = Logged()
+    if "core" in request.path.parts:
+        yield seen
+        return
+    from twisted.internet import reactor
+
+    running: Any = reactor
+    before = set(running.getDelayedCalls())
+    globalLogPublisher.addObserver(seen)
+    try:
+        yield seen
+        gc.collect()
+    finally:
+        globalLogPublisher.removeObserver(seen)
+    assert not seen.failures, [event["log_failure"].getTraceback() for event in seen.failures]
+    left = [call for call in running.getDelayedCalls() if call not in before and call.active()]
+    assert not left, left

@@ -1,0 +1,10 @@
+"""The twistd plugin: ``twistd inference-gateway``."""
+
+from twisted.application.service import ServiceMaker
+
+inference_gateway = ServiceMaker(
+    "Inference Gateway",
+    "gateway.service",
+    "One OpenAI-compatible front door for model servers.",
+    "inference-gateway",
+)
