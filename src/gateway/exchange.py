@@ -241,7 +241,8 @@ def _backend_failed(failure: Failure) -> Exception:
     if isinstance(found, error.TimeoutError):
         return BackendFailed("connect_timeout", "The backend could not be connected to in time.", detail=detail)
     if isinstance(found, ResponseNeverReceived | RequestTransmissionFailed | ResponseFailed | RequestGenerationFailed):
-        if any(reason.check(ParseError, ValueError, KeyError) for reason in found.reasons):
+        begun = isinstance(found, ResponseFailed) and not isinstance(found, ResponseNeverReceived)
+        if begun or any(reason.check(ParseError) for reason in found.reasons):
             return BackendFailed("backend_protocol_error", "The backend's answer is not valid HTTP.", detail=detail)
         return BackendFailed("backend_unreachable", "The backend closed the connection without an answer.", detail=detail)
     if isinstance(found, error.ConnectError | error.ConnectionClosed | error.DNSLookupError | TLSError | OSError):

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 _END: Final = re.compile(rb"\n\n|\r\r|\n\r\n?|\r\n\r\n?|\r\n\n")
 _LINE: Final = re.compile(rb"\r\n|\n|\r")
 _BOM: Final = b"\xef\xbb\xbf"
+_MANY: Final = 512  # parts held of one event before they are joined: an event may trickle in byte by byte
 
 DONE: Final = b"[DONE]"
 """The data of the event that closes an OpenAI stream."""
@@ -38,33 +39,42 @@ class Decoder:
 
     def __init__(self, limit: int = 8 * 1024 * 1024) -> None:
         self._limit = limit
-        self._pending = b""
-        self._start = 0  # bytes of _pending already searched for an end
+        self._parts: list[bytes] = []  # of an event that has not ended; joined once it has
+        self._size = 0
         self._after_cr = False  # the last event ended with CR: a LF that follows belongs to it
         self._first = True
 
     @property
     def pending(self) -> bytes:
-        return self._pending
+        return b"".join(self._parts)
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that ``data`` completes, in order. Raises `TooLong`."""
-        if not data:
+        # An end is at most four bytes long: of what is held, only the last three can be part of one.
+        held = b"".join(part[-3:] for part in self._parts[-3:])[-3:]
+        if _END.search(held + data) is None:
+            self._hold(data)
             return []
-        buffer = self._pending + data if self._pending else data
+        buffer = b"".join([*self._parts, data])
         events: list[Event] = []
-        begin, search = 0, self._start
+        begin, search = 0, max(self._size - 3, 0)
         while (found := _END.search(buffer, self._skip(buffer, begin, search))) is not None:
             end = found.end()
             events.append(self._event(buffer[begin:end]))
             self._after_cr = buffer[end - 1] == 0x0D
             begin = search = end
-        self._pending = buffer[begin:] if begin else buffer
-        # An end is at most four bytes long: look again only at the last three.
-        self._start = max(len(self._pending) - 3, 0)
-        if len(self._pending) > self._limit:
-            raise TooLong(f"an event of more than {self._limit} bytes")
+        self._parts, self._size = [], 0
+        self._hold(buffer[begin:])
         return events
+
+    def _hold(self, data: bytes) -> None:
+        if data:
+            self._parts.append(data)
+            self._size += len(data)
+        if len(self._parts) > _MANY:
+            self._parts = [b"".join(self._parts)]
+        if self._size > self._limit:
+            raise TooLong(f"an event of more than {self._limit} bytes")
 
     def _skip(self, buffer: bytes, begin: int, search: int) -> int:
         """Where to look for the next end: past a LF that only completes the CRLF before it."""

@@ -34,6 +34,9 @@ HEADER_SECONDS: Final = 10.0
 MIN_BODY_RATE: Final = 1024
 """Bytes per second that a request body must keep up on average once the client timeout has passed once."""
 
+_LENGTH_DIGITS: Final = 20
+"""A longer Content-Length is no number of bytes, and int() has a limit of its own."""
+
 _TARGET: Final = re.compile(rb"[!-~]+")
 _ABSOLUTE: Final = re.compile(rb"https?://[^/?#]*", re.IGNORECASE)
 _HOST: Final = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
@@ -124,8 +127,21 @@ class Channel(http.HTTPChannel):
                 self.transport.abortConnection()
             return
         if self._deadline is None and not self._handlingRequest:
-            self._set_deadline(HEADER_SECONDS, self._too_slow)
+            self._set_deadline(min(HEADER_SECONDS, self.site.limits.client_timeout), self._too_slow)
         super().dataReceived(data)
+
+    def lineReceived(self, line: bytes) -> None:
+        if line[:1] in (b" ", b"\t"):  # obs-fold, which RFC 9112 section 5.2 lets a server refuse
+            self._respondToBadRequestAndDisconnect()
+        else:
+            super().lineReceived(line)
+
+    def headerReceived(self, line: bytes) -> bool:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"content-length" and len(value) > _LENGTH_DIGITS:
+            self._refuse(_too_large(self.site.limits.max_body))
+            return False
+        return bool(super().headerReceived(line))
 
     def allHeadersReceived(self) -> None:
         request = self.requests[-1]
