@@ -278,7 +278,8 @@ class Gateway(Service):
     async def _drain(self) -> None:
         """Refuse new work, finish what is in flight, say goodbye to what is left, close everything."""
         grace = self._settings.grace
-        self.app.draining = self.server.draining = True
+        self.app.draining = True
+        self.server.drain()
         _log.info("stopping: requests in flight get {grace:g} s", grace=grace)
         await self._first_of(grace, self.app.finished(), self._hurry)
         left = self.app.cut()

@@ -312,3 +312,21 @@ def test_nothing_secret_reaches_the_log(tmp_path: Path) -> None:
                 assert "planted" not in gateway.lines()
                 assert "\x1b" not in gateway.lines()
             assert server.posts[0][1][b"authorization"] == b"Bearer sk-planted-backend"
+
+
+def test_a_backend_that_does_not_accept_is_a_connect_timeout(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        fillers = []
+        for _ in range(4):  # fill the queue: the kernel drops what comes after
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+            fillers.append(filler)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with Running(tmp_path, "--connect-timeout", "300ms", BACKEND_URL=url) as gateway:
+            status, answer = gateway.post(HELLO)
+            assert (status, answer["error"]["code"]) == (504, "connect_timeout")
+        for filler in fillers:
+            filler.close()

@@ -38,7 +38,7 @@ class Server(Site):
 
     def buildProtocol(self, addr: IAddress | None) -> Channel | None:  # type: ignore[override]
         """A channel for this client, or None, which closes the connection at once, if there are too many."""
-        if len(self._channels) >= self.limits.max_connections or self.draining:
+        if len(self._channels) >= self.limits.max_connections:
             return None
         channel = Channel()
         channel.factory = channel.site = self
@@ -56,7 +56,7 @@ class Server(Site):
             empty.callback(None)
 
     def drain(self) -> Deferred[None]:
-        """Close idle connections, and each busy one after its answer; fires when none is left."""
+        """Close idle connections, and every other one after its answer; fires when none is left."""
         self.draining = True
         for channel in list(self._channels):
             channel.drain()
