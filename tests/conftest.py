@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import pytest
-from twisted.logger import LogEvent, globalLogPublisher
+from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
+from zope.interface import implementer
 
 
 def cannot_run(why: str, remedy: str) -> NoReturn:
@@ -18,6 +19,7 @@ def cannot_run(why: str, remedy: str) -> NoReturn:
     pytest.skip(f"{why}: {remedy}")
 
 
+@implementer(ILogObserver)
 class Logged:
     """The failures that were logged while a test ran."""
 

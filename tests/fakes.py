@@ -63,7 +63,7 @@ class FakeResponse:
 
     def deliverBody(self, protocol: Protocol) -> None:
         self.protocol = protocol
-        protocol.makeConnection(self.transport)  # type: ignore[arg-type]
+        protocol.makeConnection(self.transport)
 
     def data(self, data: bytes) -> None:
         self.protocol.dataReceived(data)
@@ -141,7 +141,7 @@ class Gateway:
         inference = Inference(self.dispatcher, self.clock.seconds, forward_authorization=False)
         observers = (self.metrics, self.records.append)
         self.app = App(inference, self.backend, self.pool, self.metrics, observers, self.clock.seconds, lambda: 1_700_000_000.5)
-        self.client = StubTreq(self.app.resource())
+        self.client: Any = StubTreq(self.app.resource())
 
     def post(self, body: bytes = HELLO, **headers: str) -> Deferred[Any]:
         named = {name.replace("_", "-"): value for name, value in headers.items()}

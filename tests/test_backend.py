@@ -388,16 +388,20 @@ def test_when_the_gateway_stops_a_stream_is_told(gateway: Gateway) -> None:
 def test_the_clients_pace_is_the_backends(gateway: Gateway) -> None:
     response = gateway.post(STREAM)
     reply = gateway.agent.answer(FakeResponse(content_type=SSE))
-    assert not reply.transport.paused
+
+    def paused() -> bool:
+        return reply.transport.paused
+
+    assert not paused()
     reply.data(chunk("a"))
-    assert not reply.transport.paused
+    assert not paused()
     exchange = reply.protocol
     exchange.pauseProducing()
-    assert reply.transport.paused
-    gateway.clock.advance(1000.0 - 701.0)  # the silence is the client's: only the total timeout counts
+    assert paused()
+    gateway.clock.advance(299.0)  # the silence is the client's: only the total timeout counts
     assert not gateway.records
     exchange.resumeProducing()
-    assert not reply.transport.paused
+    assert not paused()
     reply.data(chunk("b") + DONE)
     reply.end()
     assert body_of(gateway, gateway.done(response)) == chunk("a") + chunk("b") + DONE

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from gateway.core import sse
 
 LINE_ENDS = st.sampled_from([b"\n", b"\r\n", b"\r"])
-TEXT = st.text(st.characters(blacklist_characters="\r\n", blacklist_categories=("Cs",)), max_size=12).map(str.encode)
+TEXT = st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]), max_size=12).map(str.encode)
 
 
 @st.composite

@@ -136,11 +136,13 @@ def test_each_event_reaches_the_client_before_the_next_is_sent(tmp_path: Path) -
 def test_a_kept_alive_connection_that_went_stale_is_never_seen_by_the_client(tmp_path: Path) -> None:
     """The backend drops each connection as soon as a second request comes on it: the worst moment of all."""
 
-    def script(connection: Connection, request: Request) -> None:
-        if getattr(connection, "used", False):
+    used = set()
+
+    def script(connection: Connection, _: Request) -> None:
+        if connection.number in used:
             connection.close()
             return
-        connection.used = True  # type: ignore[attr-defined]
+        used.add(connection.number)
         connection.answer(completion())
 
     with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url, GATEWAY_PROBE_INTERVAL="1h") as gateway:
@@ -218,7 +220,7 @@ def test_a_client_that_does_not_read_holds_the_backend_back(tmp_path: Path) -> N
         nonlocal sent
         connection.start_stream()
         part = event("x" * (256 * 1024))
-        for _ in range(200):
+        for _number in range(200):
             connection.chunk(part)
             sent += len(part)
         connection.chunk(b"data: [DONE]\n\n")
