@@ -19,12 +19,13 @@ from gateway.app import App
 from gateway.backend import Backend, HTTPBackend, Kind
 from gateway.core import wire
 from gateway.core.record import Record
+from gateway.core.status import Status
 from gateway.dispatch import Dispatcher
 from gateway.exchange import Timeouts
 from gateway.inference import Inference
 from gateway.metrics import Metrics
 from gateway.net.agent import BackendClient
-from gateway.pool import BackendState, Pool
+from gateway.pool import Pool
 
 TIMEOUTS = Timeouts(first_byte=60.0, idle=30.0, total=300.0)
 HELLO = b'{"messages":[{"role":"user","content":"hello"}]}'
@@ -39,7 +40,7 @@ class FakeTransport:
         self.closed = False
         self.paused = False
 
-    def loseConnection(self) -> None:
+    def stopProducing(self) -> None:
         self.closed = True
 
     def pauseProducing(self) -> None:
@@ -109,23 +110,6 @@ class FakeAgent:
         return body
 
 
-class Live:
-    """The live numbers that metrics look up."""
-
-    def __init__(self, dispatcher: Dispatcher, pool: Pool) -> None:
-        self._dispatcher = dispatcher
-        self._pool = pool
-        self.connections = 0
-        self.draining = False
-
-    @property
-    def inflight(self) -> dict[str, int]:
-        return self._dispatcher.inflight
-
-    def backends(self) -> list[BackendState]:
-        return self._pool.snapshot()
-
-
 class Gateway:
     """The app on a stopped clock and, but for a given backend, before a fake agent; clients reach it through treq."""
 
@@ -137,11 +121,15 @@ class Gateway:
         self.dispatcher = Dispatcher(self.backend)
         self.pool = Pool(self.backend, self.clock, 2.0, random=lambda: 0.5)
         self.records: list[Record] = []
-        self.metrics = Metrics(Live(self.dispatcher, self.pool), self.clock.seconds)
+        self.metrics = Metrics(self.status, self.clock.seconds)
         inference = Inference(self.dispatcher, self.clock.seconds, forward_authorization=False)
         observers = (self.metrics, self.records.append)
-        self.app = App(inference, self.backend, self.pool, self.metrics, observers, self.clock.seconds, lambda: 1_700_000_000.5)
+        self.app = App(inference, self.backend, self.status, self.metrics, observers, self.clock.seconds)
         self.client: Any = StubTreq(self.app.resource())
+
+    def status(self) -> Status:
+        """How things stand."""
+        return Status(self.dispatcher.inflight, 0, self.app.draining, self.pool.snapshot())
 
     def post(self, body: bytes = HELLO, **headers: str) -> Deferred[Any]:
         named = {name.replace("_", "-"): value for name, value in headers.items()}

@@ -11,12 +11,13 @@ from twisted.internet.task import Clock
 
 from gateway.backend import Answer, Probe, Stream
 from gateway.core import sse, wire
-from gateway.core.errors import GatewayError
+from gateway.core.errors import BackendFailed
+from gateway.core.record import Record
 from gateway.core.usage import Usage
 from gateway.echo import EchoBackend
 
 from .conftest import Logged
-from .fakes import HELLO, STREAM, Gateway, body_of, error_of, now_of
+from .fakes import HELLO, STREAM, FakeResponse, Gateway, body_of, error_of, now_of
 
 
 @pytest.fixture
@@ -125,15 +126,18 @@ def test_readyz_follows_the_backend_and_the_drain() -> None:
     gateway = Gateway()
     response = now_of(gateway.get("/readyz"))
     assert (response.code, error_of(gateway, response)["code"]) == (503, "no_backend")
-    gateway.pool._note(BackendState_healthy(gateway))
+    healthy(gateway)
     assert now_of(gateway.get("/readyz")).code == 200
     gateway.app.draining = True
     response = now_of(gateway.get("/readyz"))
     assert (response.code, error_of(gateway, response)["code"]) == (503, "draining")
 
 
-def BackendState_healthy(gateway: Gateway) -> Any:
-    return gateway.pool.snapshot()[0]._replace(state="healthy", models=("m", "org/m"))
+def healthy(gateway: Gateway) -> None:
+    """Let a probe succeed."""
+    gateway.pool.startService()
+    gateway.agent.answer(FakeResponse(), b'{"data":[{"id":"m"},{"id":"org/m"}]}')
+    gateway.pool.stopService()
 
 
 def test_while_draining_new_work_is_refused_with_a_time_to_come_back(echo: Gateway) -> None:
@@ -199,7 +203,7 @@ def test_prometheus_gets_its_format_and_people_get_json(echo: Gateway, accept: s
 
 def test_model_names_that_callers_invent_do_not_become_labels() -> None:
     gateway = Gateway()
-    gateway.pool._note(BackendState_healthy(gateway))
+    healthy(gateway)
     for model in ("org/m", *(f"invented-{number}" for number in range(20))):
         gateway.post(json.dumps({"messages": [{"role": "user"}], "model": model, "stream": 5}).encode())
         response = gateway.post(json.dumps({"messages": [{"role": "user"}], "model": model}).encode())
@@ -220,8 +224,11 @@ class _Buggy:
     async def send(self, call: wire.Call) -> Answer | Stream:
         raise ZeroDivisionError("secret detail")
 
+    async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
+        raise BackendFailed("backend_error", "no")
+
     async def probe(self) -> Probe:
-        raise GatewayError("backend_error", "no")
+        raise BackendFailed("backend_error", "no")
 
 
 def test_a_bug_is_a_500_that_shows_nothing_and_is_logged(logged: Logged) -> None:
@@ -233,6 +240,16 @@ def test_a_bug_is_a_500_that_shows_nothing_and_is_logged(logged: Logged) -> None
     assert b"secret" not in body
     assert [type(failure) for failure in logged.flush()] == [ZeroDivisionError]
     assert gateway.dispatcher.inflight == {"buggy": 0}
+
+
+def test_an_observer_with_a_bug_does_not_keep_the_others_from_seeing(echo: Gateway, logged: Logged) -> None:
+    def buggy(record: Record) -> None:
+        raise ZeroDivisionError
+
+    echo.app._observers = (buggy, *echo.app._observers)
+    assert now_of(echo.post()).code == 200
+    assert len(echo.records) == 1
+    assert [type(failure) for failure in logged.flush()] == [ZeroDivisionError]
 
 
 def test_every_request_leaves_exactly_one_record(echo: Gateway) -> None:

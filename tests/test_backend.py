@@ -13,8 +13,11 @@ from twisted.web._newclient import ParseError, RequestTransmissionFailed
 from twisted.web.client import ResponseFailed, ResponseNeverReceived
 from twisted.web.http import PotentialDataLoss
 
+from gateway.backend import Kind
 from gateway.core import sse
+from gateway.core.usage import UsageMeter
 
+from .conftest import Logged
 from .fakes import ANSWER, HELLO, STREAM, FakeAgent, FakeResponse, Gateway, body_of, error_of
 
 SSE = "text/event-stream"
@@ -101,6 +104,34 @@ def test_of_other_5xx_bodies_nothing_is_shown(gateway: Gateway, body: bytes) -> 
     assert error_of(gateway, gateway.done(response))["message"] == "The backend failed with status 500."
 
 
+@pytest.mark.parametrize("status", [302, 500, 503])
+@pytest.mark.parametrize("kind", ["openai", "llamacpp"])
+@pytest.mark.parametrize("body", [HELLO, STREAM])
+def test_a_failure_is_one_also_when_it_comes_as_a_stream(kind: Kind, status: int, body: bytes) -> None:
+    gateway = Gateway(kind=kind)
+    response = gateway.post(body)
+    gateway.agent.answer(FakeResponse(status, SSE), chunk("a") + DONE)
+    assert gateway.done(response).code == 502
+    assert gateway.records[0].fault == "backend"
+
+
+def test_the_backends_own_words_reach_the_client_and_no_log(gateway: Gateway) -> None:
+    response = gateway.post()
+    gateway.agent.answer(FakeResponse(500), b'{"error":{"message":"cannot parse planted-prompt"}}')
+    assert "planted-prompt" in error_of(gateway, gateway.done(response))["message"]
+    assert "planted" not in gateway.records[0].message
+
+
+@pytest.mark.parametrize("count", [-1, 1 << 62, None])
+def test_counts_that_cannot_be_do_not_break_the_metrics(gateway: Gateway, count: int | None) -> None:
+    for _ in range(3):
+        response = gateway.post()
+        usage = {"prompt_tokens": count, "completion_tokens": count, "prompt_tokens_details": {"cached_tokens": count}}
+        gateway.agent.answer(FakeResponse(), json.dumps({"usage": usage}).encode())
+        assert gateway.done(response).code == 200
+    assert json.loads(body_of(gateway, gateway.done(gateway.get("/metrics"))))["request_count"] == 3
+
+
 @pytest.mark.parametrize("status", [101, 301, 308, 600, 99999])
 def test_a_status_that_is_no_answer_is_a_protocol_error(gateway: Gateway, status: int) -> None:
     response = gateway.post()
@@ -116,7 +147,10 @@ def test_compression_that_was_not_asked_for_is_a_protocol_error(gateway: Gateway
     assert reply.transport.closed
 
 
-@pytest.mark.parametrize("body", [b"", b'{"choices": [', b"oops", b"{} {}"])
+NESTED = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize("body", [b"", b'{"choices": [', b"oops", b"{} {}", b'{"choices":[{"finish_reason":"\xff"}]}', NESTED])
 def test_a_body_that_is_not_the_json_it_says_is_a_protocol_error(gateway: Gateway, body: bytes) -> None:
     response = gateway.post()
     gateway.agent.answer(FakeResponse(), body)
@@ -191,10 +225,15 @@ def test_a_truncated_answer_is_a_502(gateway: Gateway) -> None:
     assert (answer.code, error_of(gateway, answer)["code"]) == (502, "backend_protocol_error")
 
 
-def test_a_stream_that_breaks_before_its_first_event_is_a_502(gateway: Gateway) -> None:
+@pytest.mark.parametrize(
+    ("data", "end"), [(b"", truncated()), (b"", None), (b'data: {"half', truncated()), (b"data: " + b"x" * 9_000_000, None)]
+)
+def test_a_stream_that_breaks_before_its_first_event_is_a_502(gateway: Gateway, data: bytes, end: Exception | None) -> None:
     response = gateway.post(STREAM)
     reply = gateway.agent.answer(FakeResponse(content_type=SSE))
-    reply.end(truncated())
+    if data:
+        reply.data(data)
+    reply.end(end)
     answer = gateway.done(response)
     assert (answer.code, error_of(gateway, answer)["code"]) == (502, "backend_protocol_error")
 
@@ -341,6 +380,9 @@ def test_a_stream_that_breaks_ends_with_one_error_and_no_done(
         ((chunk("a"), DONE), PotentialDataLoss()),
         ((chunk("a"), chunk("", "stop")), None),
         ((chunk("a", "stop"), DONE, b": bye"), None),
+        ((chunk("a", "stop"), DONE), truncated()),
+        ((b'data: {"choices":[{"delta":{"content":"\xe2\x82"}}]}\n\n', DONE), None),
+        ((sse.encode(NESTED), DONE), None),
     ],
 )
 def test_a_stream_that_is_whole_is_left_alone(gateway: Gateway, parts: tuple[bytes, ...], end: Exception | None) -> None:
@@ -348,9 +390,10 @@ def test_a_stream_that_is_whole_is_left_alone(gateway: Gateway, parts: tuple[byt
     assert gateway.records[0].code == ""
 
 
-def test_an_error_that_the_backend_tells_in_its_stream_passes_and_is_recorded(gateway: Gateway) -> None:
+@pytest.mark.parametrize("end", [None, PotentialDataLoss()])
+def test_an_error_that_the_backend_tells_in_its_stream_passes_and_is_recorded(gateway: Gateway, end: Exception | None) -> None:
     said = sse.encode(b'{"error":{"message":"out of memory"}}')
-    assert streamed(gateway, STREAM, chunk("a"), said) == chunk("a") + said
+    assert streamed(gateway, STREAM, chunk("a"), said, end=end) == chunk("a") + said
     assert gateway.records[0].code == "backend_error"
 
 
@@ -364,6 +407,17 @@ def test_a_silence_within_a_stream_ends_it_with_an_error(gateway: Gateway) -> No
     ends_with_error(body_of(gateway, gateway.done(response)), "idle_timeout")
     assert reply.transport.closed
     assert not gateway.clock.getDelayedCalls()
+
+
+def test_a_bug_in_mid_stream_is_told_too(gateway: Gateway, logged: Logged, monkeypatch: pytest.MonkeyPatch) -> None:
+    response = gateway.post(STREAM)
+    reply = gateway.agent.answer(FakeResponse(content_type=SSE))
+    reply.data(chunk("a"))
+    monkeypatch.setattr(UsageMeter, "see", lambda *_: 1 / 0)
+    reply.data(chunk("b"))
+    ends_with_error(body_of(gateway, gateway.done(response)), "internal_error")
+    assert reply.transport.closed
+    assert [type(failure) for failure in logged.flush()] == [ZeroDivisionError]
 
 
 def test_an_event_without_end_is_stopped(gateway: Gateway) -> None:
@@ -541,6 +595,21 @@ def test_models_are_the_backends(gateway: Gateway) -> None:
     response = gateway.get("/v1/models")
     gateway.agent.fail(error.ConnectionRefusedError())
     assert gateway.done(response).code == 502
+    for path in ("/v1/models", "/v1/models/m"):
+        response = gateway.get(path)
+        gateway.agent.answer(FakeResponse(401), b'{"error":"no key"}')
+        answer = gateway.done(response)
+        assert (answer.code, body_of(gateway, answer)) == (401, b'{"error":"no key"}')
+
+
+def test_a_llama_server_that_refuses_to_list_its_models_is_still_one() -> None:
+    gateway = Gateway(kind=None)
+    gateway.pool.startService()
+    gateway.agent.answer(FakeResponse(), listing("llamacpp"))
+    gateway.clock.advance(2.0)
+    gateway.agent.answer(FakeResponse(401), b"{}")
+    gateway.pool.stopService()
+    assert (gateway.pool.snapshot()[0].kind, gateway.pool.snapshot()[0].state) == ("llamacpp", "healthy")
 
 
 # --- the pool
@@ -555,7 +624,7 @@ def test_the_pool_follows_the_backend() -> None:
     gateway.clock.advance(2.0)
     gateway.agent.answer(FakeResponse(server="llama.cpp"), listing("x"))
     seen = gateway.pool.snapshot()[0]
-    assert (seen.state, seen.kind, seen.models) == ("healthy", "llamacpp", ("m",))
+    assert (seen.state, seen.kind, seen.models) == ("healthy", "llamacpp", frozenset({"m"}))
     gateway.clock.advance(2.0)
     gateway.clock.advance(5.0)  # the probe has its own, short timeout
     assert gateway.pool.snapshot()[0].state == "unhealthy"

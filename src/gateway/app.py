@@ -14,27 +14,27 @@ from twisted.web.resource import IResource
 from twisted.web.server import Request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
-from .backend import Backend
+from .backend import Answer, Backend
 from .core import wire
 from .core.errors import BackendFailed, GatewayError
 from .core.record import Record
+from .core.status import Status
 from .inference import Inference
 from .metrics import Metrics
 from .net.channel import Refusal
-from .pool import Pool
-from .relay import connected
+from .relay import connected, cut, relay
 
 _log: Final = Logger("gateway.app")
 _DRAINING: Final = "The gateway is shutting down: send the request again."
 
-Answer = Callable[[Request, Record], Awaitable[None]]
+Work = Callable[[Request, Record], Awaitable[None]]
 Observer = Callable[[Record], None]
 
 
 class App:
     """The HTTP face of the gateway.
 
-    ``now`` gives seconds on the monotonic clock, ``time`` Unix seconds. ``observers`` see every record once.
+    ``now`` gives seconds on the monotonic clock. ``observers`` see every record once.
     """
 
     router = Klein()
@@ -45,20 +45,18 @@ class App:
         self,
         inference: Inference,
         backend: Backend,
-        pool: Pool,
+        status: Callable[[], Status],
         metrics: Metrics,
         observers: Sequence[Observer],
         now: Callable[[], float],
-        time: Callable[[], float],
     ) -> None:
         self.draining = False
         self._inference = inference
         self._backend = backend
-        self._pool = pool
+        self._status = status
         self._metrics = metrics
         self._observers = observers
         self._now = now
-        self._time = time
         self._running: set[Deferred[None]] = set()
         self._finished: Deferred[None] | None = None
 
@@ -78,7 +76,10 @@ class App:
     @router.route("/v1/models/<path:id>", methods=["GET"])
     def model(self, request: Request, id: str) -> Deferred[None]:
         async def answer(request: Request, record: Record) -> None:
-            _reply(request, record, wire.find_model((await self._backend.probe()).models, id))
+            listing = await self._list_models(request)
+            if listing.status < 400:
+                listing = listing._replace(body=wire.find_model(listing.body, id))
+            await relay(listing, request, record, self._now)
 
         return self._run(request, "/v1/models/{id}", answer)
 
@@ -111,7 +112,10 @@ class App:
         await self._inference.infer(request, record)
 
     async def _models(self, request: Request, record: Record) -> None:
-        _reply(request, record, (await self._backend.probe()).models)
+        await relay(await self._list_models(request), request, record, self._now)
+
+    async def _list_models(self, request: Request) -> Answer:
+        return await self._backend.models(self._inference.forwardable(request))
 
     async def _healthz(self, request: Request, record: Record) -> None:
         _reply(request, record, b'{"status": "ok"}')
@@ -119,7 +123,7 @@ class App:
     async def _readyz(self, request: Request, record: Record) -> None:
         if self.draining:
             raise GatewayError("draining", "The gateway is shutting down.")
-        if not self._pool.ready:
+        if not self._status().ready:
             raise GatewayError("no_backend", "No backend is reachable.")
         _reply(request, record, b'{"status": "ready"}')
 
@@ -130,9 +134,9 @@ class App:
 
     # --- one request
 
-    def _run(self, request: Request, route: str, answer: Answer) -> Deferred[None]:
+    def _run(self, request: Request, route: str, work: Work) -> Deferred[None]:
         record = self._begin(request, route)
-        running = ensureDeferred(self._answered(request, record, answer))
+        running = ensureDeferred(self._answered(request, record, work))
         if not running.called:
             self._running.add(running)
             running.addBoth(self._ran, running)
@@ -147,12 +151,12 @@ class App:
 
     def _record(self, given_id: bytes | None, method: str, route: str, client: str) -> Record:
         request_id = wire.accepted_request_id(given_id) or str(uuid.uuid4())
-        return Record(request_id, method[:20], route, self._now(), self._time(), client)
+        return Record(request_id, method[:20], route, self._now(), client)
 
-    async def _answered(self, request: Request, record: Record, answer: Answer) -> None:
+    async def _answered(self, request: Request, record: Record, work: Work) -> None:
         """Whatever ends the request, it ends with an answer if somebody waits for one, and is observed once."""
         try:
-            await answer(request, record)
+            await work(request, record)
         except CancelledError:
             if connected(request):
                 _fail(request, record, GatewayError("draining", _DRAINING, retry_after=1.0))
@@ -177,7 +181,10 @@ class App:
     def _observe(self, record: Record) -> None:
         record.ended = self._now()
         for observe in self._observers:
-            observe(record)
+            try:
+                observe(record)
+            except Exception:
+                _log.failure("{id}: a bug in an observer", id=record.request_id)
 
     def refused(self, refusal: Refusal) -> str:
         """A request that was turned away before it had a route; returns its id."""
@@ -232,8 +239,7 @@ def _fail(request: Request, record: Record, error: GatewayError) -> None:
     record.status = record.status if begun else error.status
     record.failed(error)
     if begun:
-        if connected(request):
-            request.loseConnection()
+        cut(request)
         return
     _write(request, _head_of_error(request, error))
 

@@ -16,7 +16,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.web.http_headers import Headers
 
 from .core import assembly, sse, usage, wire
-from .core.errors import BackendFailed
+from .core.errors import UNDECODABLE, BackendFailed
 from .core.usage import Usage
 from .exchange import Exchange, Receive, Timeouts
 
@@ -55,11 +55,10 @@ class Stream(Protocol):
 
 
 class Probe(NamedTuple):
-    """What a look at a backend found: what it is, and its list of models as it gave it."""
+    """What a look at a backend found: what it is, and the ids of its models."""
 
     kind: Kind
-    models: bytes
-    model_ids: tuple[str, ...]
+    models: tuple[str, ...]
 
 
 class Backend(Protocol):
@@ -69,6 +68,9 @@ class Backend(Protocol):
 
     async def send(self, call: wire.Call) -> Answer | Stream:
         """Raises `BackendFailed`."""
+
+    async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
+        """Its list of models, or the 4xx with which it refuses to tell. Raises `BackendFailed`."""
 
     async def probe(self) -> Probe:
         """Raises `BackendFailed`. Costs no generation."""
@@ -112,25 +114,37 @@ class HTTPBackend:
         body = wire.as_stream(call.body) if assemble else wire.with_usage(call.body) if ask_usage else call.body
         exchange = Exchange(self._client, self._clock, self._timeouts)
         exchange.usage_added = ask_usage
-        await exchange.open("POST", self._url + call.path.encode("ascii"), self._headers(call), body)
-        if not exchange.is_event_stream:
-            return _judged(Answer(exchange.status, exchange.headers, await exchange.content(self._max_answer)))
+        headers = self._headers(call.headers)
+        headers.setRawHeaders(b"content-type", [b"application/json"])
+        headers.setRawHeaders(b"x-request-id", [call.request_id.encode("ascii")])
+        await exchange.open("POST", self._url + call.path.encode("ascii"), headers, body)
+        if not exchange.is_event_stream or not 200 <= exchange.status < 300:
+            return _judged(await self._whole(exchange))
         if assemble:
             return await _assembled(exchange, self._max_answer)
         return exchange
 
+    async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
+        return _judged((await self._list_models(headers))[0])
+
     async def probe(self) -> Probe:
+        answer, server = await self._list_models([])
+        # A server that refuses to list its models (no key, no such route, knows no GET) is there all the same.
+        refuses = 400 <= answer.status < 500 or answer.status == 501
+        listed = [] if refuses else _listed(_judged(answer))
+        llama = server.lower().startswith(b"llama.cpp") or any(entry.get("owned_by") == "llamacpp" for entry in listed)
+        if self._detect and (llama or not refuses or self.kind is None):
+            self.kind = "llamacpp" if llama else "openai"
+        return Probe(self.kind or "openai", tuple(entry["id"] for entry in listed))
+
+    async def _list_models(self, headers: list[tuple[bytes, bytes]]) -> tuple[Answer, bytes]:
+        """The answer as it is, and what the server calls itself."""
         exchange = Exchange(self._client, self._clock, PROBE_TIMEOUTS)
-        headers = Headers({b"accept-encoding": [b"identity"]})
-        if self._authorization:
-            headers.setRawHeaders(b"authorization", [self._authorization])
-        await exchange.open("GET", self._url + b"/v1/models", headers, None)
-        answer = Answer(exchange.status, exchange.headers, await exchange.content(self._max_answer))
-        # 501 is a server that knows no GET: it is there, and has no list.
-        found = _probed(answer if answer.status == 501 else _judged(answer), exchange.server)
-        if self._detect:
-            self.kind = found.kind
-        return found._replace(kind=self.kind or found.kind)
+        await exchange.open("GET", self._url + b"/v1/models", self._headers(headers), None)
+        return await self._whole(exchange), exchange.server
+
+    async def _whole(self, exchange: Exchange) -> Answer:
+        return Answer(exchange.status, exchange.headers, await exchange.content(self._max_answer))
 
     async def _identify(self) -> None:
         """Ask what the backend is before the first request; one that will not tell is a plain OpenAI server."""
@@ -141,13 +155,11 @@ class HTTPBackend:
                 raise
             self.kind = self.kind or "openai"
 
-    def _headers(self, call: wire.Call) -> Headers:
+    def _headers(self, given: list[tuple[bytes, bytes]]) -> Headers:
         headers = Headers()
-        for name, value in call.headers:
+        for name, value in given:
             headers.addRawHeader(name, value)
-        headers.setRawHeaders(b"content-type", [b"application/json"])
         headers.setRawHeaders(b"accept-encoding", [b"identity"])
-        headers.setRawHeaders(b"x-request-id", [call.request_id.encode("ascii")])
         if self._authorization:
             headers.setRawHeaders(b"authorization", [self._authorization])
         return headers
@@ -159,13 +171,13 @@ def _judged(answer: Answer) -> Answer:
         return _with_usage(answer) if _is_json(answer.headers) else answer
     if 400 <= answer.status < 500:
         return answer
-    text = answer.body[:500].decode("utf-8", "replace")
+    detail = f"a body of {len(answer.body)} bytes"
     if answer.status >= 500:
         wait = next((value for name, value in answer.headers if name.lower() == b"retry-after"), b"")
         retry_after = float(wait) if wait.isdigit() and len(wait) < 6 else None
-        message = f"The backend failed with status {answer.status}{_said(answer.body)}."
-        raise BackendFailed("backend_error", message, detail=text, retry_after=retry_after)
-    raise BackendFailed("backend_protocol_error", f"The backend answered with status {answer.status}.", detail=text)
+        message = f"The backend failed with status {answer.status}."
+        raise BackendFailed("backend_error", message, detail=detail, said=_said(answer.body), retry_after=retry_after)
+    raise BackendFailed("backend_protocol_error", f"The backend answered with status {answer.status}.", detail=detail)
 
 
 def _is_json(headers: list[tuple[bytes, bytes]]) -> bool:
@@ -177,7 +189,7 @@ def _is_json(headers: list[tuple[bytes, bytes]]) -> bool:
 def _with_usage(answer: Answer) -> Answer:
     try:
         used, finish_reason = usage.of_answer(answer.body)
-    except msgspec.DecodeError as problem:
+    except UNDECODABLE as problem:
         message = "The backend's answer is not the JSON that it says it is."
         raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
     return answer._replace(usage=used, finish_reason=finish_reason)
@@ -187,10 +199,10 @@ def _said(body: bytes) -> str:
     """The message of an error body in OpenAI's form, which is meant for the caller; of anything else nothing."""
     try:
         found = msgspec.json.decode(body, type=dict[str, Any]).get("error")
-    except msgspec.DecodeError:
+    except UNDECODABLE:
         return ""
     message = found.get("message") if isinstance(found, dict) else None
-    return f": {message[:300].rstrip('.')}" if isinstance(message, str) and message else ""
+    return message[:300] if isinstance(message, str) else ""
 
 
 async def _assembled(exchange: Exchange, limit: int) -> Answer:
@@ -207,15 +219,9 @@ async def _assembled(exchange: Exchange, limit: int) -> Answer:
     return _with_usage(Answer(exchange.status, [*kept, (b"Content-Type", b"application/json; charset=utf-8")], body))
 
 
-def _probed(answer: Answer, server: bytes) -> Probe:
-    kind: Kind = "llamacpp" if server.lower().startswith(b"llama.cpp") else "openai"
-    if answer.status >= 400:  # it answers, but has no list, or none for us
-        return Probe(kind, wire.model_list([], 0), ())
+def _listed(answer: Answer) -> list[dict[str, Any]]:
     try:
-        found = wire.models(answer.body)
-    except msgspec.DecodeError as problem:
+        return wire.models(answer.body)
+    except UNDECODABLE as problem:
         message = "The backend's list of models is not in OpenAI's form."
         raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
-    if any(entry.get("owned_by") == "llamacpp" for entry in found):
-        kind = "llamacpp"
-    return Probe(kind, answer.body, tuple(entry["id"] for entry in found))

@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from .backend import Backend
-from .core import wire
 
 
 class Dispatcher:
@@ -17,8 +16,8 @@ class Dispatcher:
         self.inflight = {backend.name: 0}
 
     @asynccontextmanager
-    async def lease(self, call: wire.Call) -> AsyncIterator[Backend]:
-        """A backend for this call; it is given back however the block ends."""
+    async def lease(self) -> AsyncIterator[Backend]:
+        """A backend; it is given back however the block ends."""
         backend = self._backend
         self.inflight[backend.name] += 1
         try:

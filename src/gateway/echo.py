@@ -46,8 +46,11 @@ class EchoBackend:
         events = wire.chat_stream(call.request_id, created, MODEL, pieces, usage, include_usage=call.include_usage)
         return EchoStream(events, self._cooperator, usage_added=not call.include_usage)
 
+    async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
+        return Answer(200, [(b"Content-Type", b"application/json")], wire.model_list([MODEL], self._started))
+
     async def probe(self) -> Probe:
-        return Probe("echo", wire.model_list([MODEL], self._started), (MODEL,))
+        return Probe("echo", (MODEL,))
 
 
 @implementer(IPushProducer)

@@ -136,7 +136,7 @@ class Exchange(protocol.Protocol):
 
     def connectionMade(self) -> None:
         if self._outcome:
-            self.transport.loseConnection()
+            self.transport.stopProducing()  # also under TLS, where losing a connection waits for the peer
 
     def dataReceived(self, data: bytes) -> None:
         if self._outcome:
@@ -192,7 +192,7 @@ class Exchange(protocol.Protocol):
         if self._requested is not None:
             self._requested.cancel()
         elif self.transport is not None:
-            self.transport.loseConnection()
+            self.transport.stopProducing()
 
     def _wake(self) -> None:
         waiting, self._waiting = self._waiting, None
@@ -251,5 +251,8 @@ def _backend_failed(failure: Failure) -> Exception:
 
 
 def _reasons(failure: Failure) -> str:
+    """What happened, for the log; of what the backend sent, which may quote a prompt, only that it was wrong."""
     reasons = getattr(failure.value, "reasons", None) or [failure]
-    return "; ".join(f"{reason.type.__name__}: {reason.getErrorMessage()}" for reason in reasons)[:500]
+    known = (error.ConnectError, error.ConnectionClosed, error.DNSLookupError, TLSError, OSError)
+    told = (f": {reason.getErrorMessage()}" if reason.check(*known) else "" for reason in reasons)
+    return "; ".join(reason.type.__name__ + text for reason, text in zip(reasons, told, strict=True))[:500]

@@ -28,8 +28,8 @@ class Inference:
     async def infer(self, request: Request, record: Record) -> None:
         """Raises `GatewayError` for what fails before the first byte of the answer."""
         call = self._read(request, record)
-        async with self._dispatcher.lease(call) as backend:
-            record.sent_to(backend.name, self._now())
+        async with self._dispatcher.lease() as backend:
+            record.sent_to(backend.name)
             request.setHeader(b"x-gateway-backend", backend.name.encode("ascii"))
             reply = await backend.send(call)
             await relay(reply, request, record, self._now)
@@ -40,6 +40,9 @@ class Inference:
         body: bytes = request.content.read()  # type: ignore[union-attr]  # there once the request is in
         chat = wire.parse_chat(body)
         record.model, record.stream = chat.model or "", bool(chat.stream)
+        return wire.Call(wire.CHAT_COMPLETIONS, body, chat, record.request_id, self.forwardable(request))
+
+    def forwardable(self, request: Request) -> list[tuple[bytes, bytes]]:
+        """The headers of the client that go on to the backend."""
         headers = request.requestHeaders.getAllRawHeaders()
-        kept = wire.forwardable(headers, authorization=self._forward_authorization)
-        return wire.Call(wire.CHAT_COMPLETIONS, body, chat, record.request_id, kept)
+        return wire.forwardable(headers, authorization=self._forward_authorization)

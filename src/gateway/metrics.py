@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
@@ -16,7 +16,7 @@ from werkzeug.http import parse_accept_header
 
 from .core import wire
 from .core.record import Record
-from .pool import BackendState
+from .core.status import Status
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Buckets for durations; local models are slow, so they reach minutes."""
@@ -33,23 +33,15 @@ _OPENMETRICS: Final = "application/openmetrics-text"
 disable_created_metrics()  # a second series for every counter, which nobody reads
 
 
-class Live(Protocol):
-    """Numbers that are looked up when asked for."""
-
-    @property
-    def inflight(self) -> dict[str, int]: ...
-    @property
-    def connections(self) -> int: ...
-    @property
-    def draining(self) -> bool: ...
-    def backends(self) -> list[BackendState]: ...
+LookUp = Callable[[], Status]
+"""How things stand, looked up when asked."""
 
 
 class Metrics:
     """An observer of records. ``now`` gives seconds on the monotonic clock."""
 
-    def __init__(self, live: Live, now: Callable[[], float]) -> None:
-        self._live = live
+    def __init__(self, status: LookUp, now: Callable[[], float]) -> None:
+        self._status = status
         self._now = now
         self._started = now()
         self.registry = CollectorRegistry()
@@ -72,7 +64,7 @@ class Metrics:
         )
         self._tokens = Counter("gateway_tokens", "Tokens of answered requests.", ["type", "model"], registry=self.registry)
         ProcessCollector(registry=self.registry)
-        self.registry.register(_LiveCollector(live))
+        self.registry.register(_StatusCollector(status))
 
     def _histogram(self, name: str, help: str) -> Histogram:
         return Histogram(name, help, ["route"], buckets=SECONDS, registry=self.registry)
@@ -99,8 +91,9 @@ class Metrics:
             self._per_token.labels(model).observe(between)
 
     def _model_label(self, model: str) -> str:
-        known: Container[str] = {id for backend in self._live.backends() for id in backend.models}
-        return model if not model or model in known else "other"
+        if not model or any(model in backend.models for backend in self._status().backends):
+            return model
+        return "other"
 
     # --- what it looks like from outside
 
@@ -127,7 +120,7 @@ class Metrics:
         tokens = {"prompt": 0, "completion": 0, "cached": 0}
         for labels, count in _samples(self._tokens, "_total"):
             tokens[labels["type"]] += int(count)
-        inflight = self._live.inflight
+        status = self._status()
         return {
             "request_count": sum(value for _, value in ended),
             "error_count": sum(count for code, count in failed.items() if code != "client_cancelled"),
@@ -138,13 +131,13 @@ class Metrics:
             "cached_tokens": tokens["cached"],
             "client_cancelled_count": failed.get("client_cancelled", 0),
             "errors": failed,
-            "in_flight": sum(inflight.values()),
-            "connections": self._live.connections,
-            "draining": self._live.draining,
+            "in_flight": sum(status.inflight.values()),
+            "connections": status.connections,
+            "draining": status.draining,
             "uptime_seconds": round(self._now() - self._started, 3),
             "backends": [
-                {"name": seen.name, "kind": seen.kind, "state": seen.state, "in_flight": inflight.get(seen.name, 0)}
-                for seen in self._live.backends()
+                {"name": seen.name, "kind": seen.kind, "state": seen.state, "in_flight": status.inflight.get(seen.name, 0)}
+                for seen in status.backends
             ],
         }
 
@@ -160,22 +153,21 @@ def _inference(labels: dict[str, str]) -> bool:
     return labels["route"] in INFERENCE_ROUTES
 
 
-class _LiveCollector:
-    """Gauges that are read off the live numbers at each scrape."""
+class _StatusCollector:
+    """Gauges that are looked up at each scrape."""
 
-    def __init__(self, live: Live) -> None:
-        self._live = live
+    def __init__(self, status: LookUp) -> None:
+        self._status = status
 
     def collect(self) -> Iterator[Metric]:
+        status = self._status()
         inflight = GaugeMetricFamily("gateway_inflight", "Requests that a backend holds.", labels=["backend"])
-        for name, count in self._live.inflight.items():
+        for name, count in status.inflight.items():
             inflight.add_metric([name], count)
         yield inflight
         state = GaugeMetricFamily("gateway_backend_state", "1 for the state a backend is in.", labels=["backend", "state"])
-        for backend in self._live.backends():
+        for backend in status.backends:
             state.add_metric([backend.name, backend.state], 1)
         yield state
-        yield GaugeMetricFamily("gateway_connections", "Open client connections.", value=self._live.connections)
-        yield GaugeMetricFamily(
-            "gateway_draining", "1 while the gateway finishes its last requests.", value=self._live.draining
-        )
+        yield GaugeMetricFamily("gateway_connections", "Open client connections.", value=status.connections)
+        yield GaugeMetricFamily("gateway_draining", "1 while the gateway finishes its last requests.", value=status.draining)

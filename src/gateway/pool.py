@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
@@ -14,19 +14,12 @@ from twisted.python.failure import Failure
 
 from .backend import Backend
 from .core.errors import BackendFailed
+from .core.status import BackendState
 
-State = Literal["warming", "healthy", "unhealthy"]
-_log = Logger("gateway.pool")
+MAX_MODELS: Final = 1000
+"""Models of one backend that are known by name, in metrics for instance."""
 
-
-class BackendState(NamedTuple):
-    """One backend, as the last probe left it."""
-
-    name: str
-    kind: str
-    state: State
-    models: tuple[str, ...]
-    reason: str
+_log: Final = Logger("gateway.pool")
 
 
 class Pool(Service):
@@ -43,12 +36,7 @@ class Pool(Service):
         self._random = random
         self._next: IDelayedCall | None = None
         self._probing: Deferred[None] | None = None
-        self._seen = BackendState(backend.name, "", "warming", (), "not yet probed")
-
-    @property
-    def ready(self) -> bool:
-        """There is a backend that answered its last probe."""
-        return self._seen.state == "healthy"
+        self._seen = BackendState(backend.name, "", "warming", frozenset(), "not yet probed")
 
     def snapshot(self) -> list[BackendState]:
         return [self._seen]
@@ -78,7 +66,7 @@ class Pool(Service):
             why = f"{failure.code}: {failure.detail or failure.message}"
             self._note(self._seen._replace(state="unhealthy", reason=why))
         else:
-            self._note(BackendState(self._backend.name, probe.kind, "healthy", probe.model_ids[:1000], ""))
+            self._note(BackendState(self._backend.name, probe.kind, "healthy", frozenset(probe.models[:MAX_MODELS]), ""))
 
     def _failed(self, failure: Failure) -> None:
         if failure.check(CancelledError) is None:

@@ -7,10 +7,11 @@ passed on, so that a failure in mid-stream can still be said: as one error event
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IPullProducer, IPushProducer
+from twisted.logger import Logger
 from twisted.web.server import Request
 from zope.interface import implementer
 
@@ -19,6 +20,8 @@ from .core import sse
 from .core.errors import BackendFailed, GatewayError
 from .core.record import Record
 from .core.usage import UsageMeter
+
+_log: Final = Logger("gateway.relay")
 
 WHOLE: Final = 64 * 1024
 """Answers up to this many bytes are written at once; longer ones piece by piece as the client reads."""
@@ -29,17 +32,20 @@ def connected(request: Request) -> bool:
     return getattr(request, "channel", None) is not None
 
 
+def cut(request: Request) -> None:
+    """End the connection now: the client sees that its answer is not whole."""
+    transport: Any = request.transport
+    if connected(request):
+        transport.abortConnection()
+
+
 async def relay(reply: Answer | Stream, request: Request, record: Record, now: Callable[[], float]) -> None:
     """Send the reply to the client, and finish the request.
 
-    What fails from here on is told to the client in the stream itself and written into the record;
-    only CancelledError comes out, when the client has gone.
+    What fails after the first byte is told to the client in the stream itself and written into the
+    record; what fails before it is raised, as is CancelledError when the client has gone.
     """
     record.replied = now()
-    record.status = reply.status
-    request.setResponseCode(reply.status)
-    for name, value in reply.headers:
-        request.responseHeaders.addRawHeader(name, value)
     if isinstance(reply, Answer):
         await _answer(reply, request, record)
     else:
@@ -48,14 +54,27 @@ async def relay(reply: Answer | Stream, request: Request, record: Record, now: C
 
 async def _answer(answer: Answer, request: Request, record: Record) -> None:
     record.usage, record.finish_reason = answer.usage, answer.finish_reason
+    _start(answer, request, record)
     if answer.status >= 400:
         record.failed(GatewayError("rejected_by_backend", "The backend refused the request."))
     request.setHeader(b"content-length", b"%d" % len(answer.body))
     if len(answer.body) <= WHOLE:
         request.write(answer.body)
     else:
-        await _Pieces(answer.body, request).sent
+        try:
+            await _Pieces(answer.body, request).sent
+        finally:
+            if connected(request):
+                request.unregisterProducer()
     request.finish()
+
+
+def _start(reply: Answer | Stream, request: Request, record: Record) -> None:
+    """Status and headers; they leave with the first bytes of the body."""
+    record.status = reply.status
+    request.setResponseCode(reply.status)
+    for name, value in reply.headers:
+        request.responseHeaders.addRawHeader(name, value)
 
 
 @implementer(IPullProducer)
@@ -71,8 +90,7 @@ class _Pieces:
     def resumeProducing(self) -> None:
         self._request.write(bytes(self._body[:WHOLE]))
         self._body = self._body[WHOLE:]
-        if not self._body:
-            self._request.unregisterProducer()
+        if not self._body and not self.sent.called:
             self.sent.callback(None)
 
     def stopProducing(self) -> None:
@@ -80,9 +98,7 @@ class _Pieces:
 
 
 async def _stream(stream: Stream, request: Request, record: Record, now: Callable[[], float]) -> None:
-    request.setHeader(b"cache-control", b"no-cache")
-    request.setHeader(b"x-accel-buffering", b"no")
-    watch = _Watch(request, now, hide_usage=stream.usage_added)
+    watch = _Watch(stream, request, record, now)
     request.registerProducer(IPushProducer(stream), True)
     failure: GatewayError | None = None
     try:
@@ -94,12 +110,17 @@ async def _stream(stream: Stream, request: Request, record: Record, now: Callabl
             raise
         failure = GatewayError("draining", "The gateway is shutting down.", retry_after=1.0)
     except BackendFailed as problem:
-        failure = problem
+        failure = None if watch.done else problem
+    except Exception:
+        _log.failure("{id}: a bug in the relay", id=record.request_id)
+        failure = GatewayError("internal_error", "The gateway failed; its log has the request id.")
     finally:
-        watch.note(record)
+        watch.note()
         if connected(request):
             request.unregisterProducer()
     if failure is not None:
+        if not request.startedWriting:
+            raise failure
         record.failed(failure)
         request.write(sse.encode(failure.body()))
     request.finish()
@@ -108,12 +129,18 @@ async def _stream(stream: Stream, request: Request, record: Record, now: Callabl
 class _Watch:
     """Passes events on, and reads in passing what the record wants to know."""
 
-    def __init__(self, request: Request, now: Callable[[], float], *, hide_usage: bool) -> None:
+    def __init__(self, stream: Stream, request: Request, record: Record, now: Callable[[], float]) -> None:
+        self._stream = stream
         self._request = request
+        self._record = record
         self._now = now
-        self._hide_usage = hide_usage
         self._decoder = sse.Decoder()
         self._meter = UsageMeter()
+
+    @property
+    def done(self) -> bool:
+        """The answer is whole: ``[DONE]`` has passed."""
+        return self._meter.done
 
     def receive(self, data: bytes) -> None:
         """Write the events that these bytes complete. Raises `BackendFailed` if one grows beyond all bounds."""
@@ -126,20 +153,27 @@ class _Watch:
         passed = []
         for event in events:
             is_usage = self._meter.see(event, now)
-            if not (is_usage and self._hide_usage):
+            if not (is_usage and self._stream.usage_added):
                 passed.append(event.raw)
         if passed:
+            if not self._request.startedWriting:
+                self._start()
             self._request.write(b"".join(passed))
+
+    def _start(self) -> None:
+        _start(self._stream, self._request, self._record)
+        self._request.setHeader(b"cache-control", b"no-cache")
+        self._request.setHeader(b"x-accel-buffering", b"no")
 
     def check_end(self, *, framed: bool) -> None:
         """Raises `BackendFailed` if the stream stopped before its answer was whole."""
-        if self._meter.done or (framed and self._meter.whole and not self._decoder.pending.strip()):
+        if self._meter.done or self._meter.failed or (framed and self._meter.whole and not self._decoder.pending.strip()):
             return
         raise BackendFailed("backend_protocol_error", "The backend's stream ended before its answer was complete.")
 
-    def note(self, record: Record) -> None:
+    def note(self) -> None:
         """What was seen, into the record."""
-        meter = self._meter
+        meter, record = self._meter, self._record
         record.usage, record.finish_reason = meter.usage, meter.finish_reason
         record.first_token, record.last_token = meter.first_token, meter.last_token
         if meter.failed:

@@ -28,6 +28,7 @@ from . import __version__
 from .app import App
 from .backend import Backend, HTTPBackend
 from .core.settings import Settings, SettingsError, Source, option_rows, resolve
+from .core.status import Status
 from .dispatch import Dispatcher
 from .echo import EchoBackend
 from .exchange import Timeouts
@@ -38,7 +39,7 @@ from .net.agent import BackendClient, make_agent
 from .net.agent import Pool as ConnectionPool
 from .net.channel import Limits
 from .net.server import Server
-from .pool import BackendState, Pool
+from .pool import Pool
 
 BACKLOG: Final = 4096
 FLUSH_SECONDS: Final = 2.0
@@ -113,7 +114,8 @@ def _listen(host: str, port: int) -> socket.socket:
     """A bound socket, not yet listening on the reactor."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listening = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        listening = socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as problem:
         _exit(f"cannot listen on {host} port {port} (--host, --port): {problem.strerror or problem}")
     listening.setblocking(False)
@@ -180,10 +182,10 @@ class Gateway(Service):
         self.backend = self._make_backend()
         self.dispatcher = Dispatcher(self.backend)
         self.pool = Pool(self.backend, reactor, settings.probe_interval)
-        metrics = Metrics(self, time.monotonic)
+        metrics = Metrics(self.status, time.monotonic)
         inference = Inference(self.dispatcher, time.monotonic, forward_authorization=settings.forward_authorization)
         observers = (metrics, access_log)
-        self.app = App(inference, self.backend, self.pool, metrics, observers, time.monotonic, time.time)
+        self.app = App(inference, self.backend, self.status, metrics, observers, time.monotonic)
         limits = Limits(settings.max_body, settings.max_connections, settings.client_timeout, settings.idle_timeout)
         self.server = Server(self.app.resource(), limits, reactor, self.app.refused)
 
@@ -204,22 +206,9 @@ class Gateway(Service):
             max_answer=settings.max_answer,
         )
 
-    # --- live numbers, for metrics
-
-    @property
-    def inflight(self) -> dict[str, int]:
-        return self.dispatcher.inflight
-
-    @property
-    def connections(self) -> int:
-        return self.server.connections
-
-    @property
-    def draining(self) -> bool:
-        return self.app.draining
-
-    def backends(self) -> list[BackendState]:
-        return self.pool.snapshot()
+    def status(self) -> Status:
+        """How things stand."""
+        return Status(self.dispatcher.inflight, self.server.connections, self.app.draining, self.pool.snapshot())
 
     # --- start
 
@@ -278,6 +267,7 @@ class Gateway(Service):
     async def _drain(self) -> None:
         """Refuse new work, finish what is in flight, say goodbye to what is left, close everything."""
         grace = self._settings.grace
+        end = time.monotonic() + grace
         self.app.draining = True
         self.server.drain()
         _log.info("stopping: requests in flight get {grace:g} s", grace=grace)
@@ -287,7 +277,10 @@ class Gateway(Service):
             _log.warn("ended {left} requests that were still in flight", left=left)
         if self._port is not None:
             await maybeDeferred(self._port.stopListening)
-        await self._first_of(FLUSH_SECONDS, self.server.drain())
+        drained = self.server.drain()
+        if not self._hurry.called:
+            await self._first_of(max(end - time.monotonic(), 0.0), drained, self._hurry)
+        await self._first_of(FLUSH_SECONDS, drained)
         self.server.abort()
         self.pool.stopService()
         if self._connections is not None:

@@ -33,6 +33,7 @@ def problem(body: Any) -> GatewayError:
         (b'{"messages": NaN}', "invalid_json", None),
         (b'{"messages": [{"role": "\xff"}]}', "invalid_json", None),
         (b'{"a":' * 100_000, "invalid_json", None),
+        (b'{"messages": [{"role": "user"}], "\xff": 1}', "invalid_json", None),
         (b"[]", "invalid_type", None),
         (b'"hello"', "invalid_type", None),
         (b"null", "invalid_type", None),
@@ -108,6 +109,13 @@ def test_asking_for_a_stream_changes_two_fields_and_no_other_byte() -> None:
     assert json.loads(changed) == {**json.loads(body), "stream": True, "stream_options": {"x": 1, "include_usage": True}}
     assert "stream" not in json.loads(wire.with_usage(body))
     assert json.loads(wire.with_usage(b'{"stream_options": null}')) == {"stream_options": {"include_usage": True}}
+
+
+@pytest.mark.parametrize("body", [b'{"\\ud800": 1}', b'{"stream_options": ' + b"[" * 100_000, b'{"stream_options": 5}'])
+def test_what_cannot_be_rewritten_is_the_callers_fault(body: bytes) -> None:
+    with pytest.raises(GatewayError) as caught:
+        wire.with_usage(body)
+    assert (caught.value.status, caught.value.fault) == (400, "caller")
 
 
 def test_headers_of_one_connection_do_not_travel() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -78,10 +79,11 @@ Script = Callable[[Connection, tuple[bytes, dict[bytes, bytes], bytes]], None]
 class ScriptedBackend:
     """Answers GET by itself; every POST goes to the test's script, in a thread of its connection."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, tls: ssl.SSLContext | None = None) -> None:
         self._script = script
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
         self.posts: list[tuple[int, dict[bytes, bytes], bytes]] = []
         self.problems: list[BaseException] = []
         self.connections: list[Connection] = []
@@ -97,6 +99,8 @@ class ScriptedBackend:
 
     def _serve(self, connection: Connection) -> None:
         try:
+            if self._tls is not None:
+                connection.sock = self._tls.wrap_socket(connection.sock, server_side=True)
             while (request := connection.request()) is not None:
                 if request[0].startswith(b"GET"):
                     connection.answer(MODELS)
@@ -117,9 +121,9 @@ class ScriptedBackend:
 
 
 @contextmanager
-def backend(script: Script) -> Iterator[ScriptedBackend]:
+def backend(script: Script, tls: ssl.SSLContext | None = None) -> Iterator[ScriptedBackend]:
     """A backend for the length of a block."""
-    running = ScriptedBackend(script)
+    running = ScriptedBackend(script, tls)
     try:
         yield running
     finally:

@@ -22,7 +22,7 @@ TWISTD = str(Path(sys.executable).with_name("twistd"))
 PATIENCE = 30.0
 """Seconds that anything may take on a busy machine before a test gives up."""
 
-_LISTENS = re.compile(r"listens on http://([^\s,]+):(\d+)")
+_LISTENS = re.compile(r"listens on http://(\S+):(\d+),")
 
 
 def clean_environment(**more: str) -> dict[str, str]:

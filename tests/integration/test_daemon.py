@@ -66,6 +66,7 @@ def test_a_port_in_use_is_one_line_and_status_1(tmp_path: Path, taken: str, mode
     [
         (["--port", "http"], {}, ["--port", "'http'", "whole number"]),
         ([], {"PORT": "70000"}, ["PORT", "'70000'"]),
+        ([], {"GATEWAY_BACKEND_API_KEY": "caf\u00e9"}, ["GATEWAY_BACKEND_API_KEY", "ASCII"]),
         ([], {"BACKEND_URL": "localhost:9"}, ["BACKEND_URL", "http://"]),
         (["--max-body", "lots"], {}, ["--max-body", "'lots'"]),
         (["--bogus", "1"], {}, ["bogus", "--help"]),
@@ -127,6 +128,16 @@ def test_the_sources_in_their_order(tmp_path: Path) -> None:
             backends = gateway.get("/metrics")[1]["backends"]
             assert [f"http://{one['name']}" for one in backends] == [urls[name]]
             assert json.loads(gateway.lines().splitlines()[0])["level"] == "info"
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1", "::"])
+def test_it_listens_where_it_is_told(tmp_path: Path, host: str) -> None:
+    with Running(tmp_path, "--host", host) as gateway:
+        reached = {"::1": ["::1"], "::": ["::1", "127.0.0.1"]}.get(host, ["127.0.0.1"])
+        for address in reached:
+            with socket.create_connection((address, gateway.port), timeout=PATIENCE) as client:
+                client.sendall(b"GET /healthz HTTP/1.1\r\nHost: g\r\n\r\n")
+                assert b"200 OK" in client.recv(65536)
 
 
 # --- the daemon
@@ -265,6 +276,54 @@ def test_after_the_grace_time_the_rest_is_told_and_ended(tmp_path: Path) -> None
             assert gateway.process.wait(PATIENCE) == 0
             assert "ended 2 requests" in gateway.lines()
         paced.go_on.set()
+
+
+def test_an_answer_that_is_still_leaving_gets_the_grace_time_too(tmp_path: Path) -> None:
+    """The backend is done and the request has ended for the gateway, but its client reads slowly."""
+    content = "x" * 3_000_000
+
+    def script(connection: Connection, _: Request) -> None:
+        connection.answer(completion(content))
+
+    with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url) as gateway, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.settimeout(PATIENCE)
+        client.connect(("127.0.0.1", gateway.port))
+        client.sendall(raw_post(HELLO))
+        data = bytearray(client.recv(1000))
+        gateway.process.send_signal(signal.SIGTERM)
+        time.sleep(4)
+        while more := client.recv(65536):
+            data += more
+        assert content.encode() in data
+        assert gateway.process.wait(PATIENCE) == 0
+
+
+def test_a_long_answer_that_the_grace_time_cuts_leaves_a_clean_log(tmp_path: Path) -> None:
+    def script(connection: Connection, _: Request) -> None:
+        connection.answer(completion("x" * 30_000_000))
+
+    with (
+        backend(script) as server,
+        Running(tmp_path, "--grace", "300ms", BACKEND_URL=server.url) as gateway,
+        gateway.connect() as client,
+    ):
+        client.sendall(raw_post(HELLO))
+        client.recv(1000)
+        gateway.process.send_signal(signal.SIGTERM)
+        assert gateway.process.wait(PATIENCE) == 0
+
+
+def test_a_request_that_is_still_arriving_is_answered(tmp_path: Path) -> None:
+    with Running(tmp_path) as gateway, gateway.connect() as client:
+        request = raw_post(HELLO)
+        client.sendall(request[:-10])
+        wait_for(lambda: gateway.get("/metrics")[1]["connections"] == 2)
+        gateway.process.send_signal(signal.SIGTERM)
+        time.sleep(3)
+        client.sendall(request[-10:])
+        assert b'"draining"' in client.recv(65536)
+        assert gateway.process.wait(PATIENCE) == 0
 
 
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
+import ssl
 import threading
 import time
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from .backends import Connection, backend, completion, event
-from .processes import Running, free_port, wait_for
+from .processes import PATIENCE, Running, free_port, wait_for
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 STREAM = {**HELLO, "stream": True}
@@ -22,6 +30,27 @@ def raw_post(body: object) -> bytes:
     content = json.dumps(body).encode()
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: g\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     return head % len(content) + content
+
+
+def self_signed(directory: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    today = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(today - timedelta(days=1))
+        .not_valid_after(today + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem, private = directory / "cert.pem", directory / "key.pem"
+    pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return pem, private
 
 
 def read_all(sock: socket.socket) -> bytes:
@@ -152,6 +181,24 @@ def test_a_kept_alive_connection_that_went_stale_is_never_seen_by_the_client(tmp
         assert len(server.posts) > 10, "no connection was ever used twice"
 
 
+def test_a_request_that_its_server_dies_of_is_not_sent_again(tmp_path: Path) -> None:
+    """The connection was used before, but the server had the request for a while: it was not stale."""
+    answered = set()
+
+    def script(connection: Connection, _: Request) -> None:
+        if connection.number in answered:
+            time.sleep(1.3)
+            connection.reset()
+        else:
+            answered.add(connection.number)
+            connection.answer(completion())
+
+    with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url, GATEWAY_PROBE_INTERVAL="1h") as gateway:
+        assert gateway.post(HELLO)[0] == 200
+        assert gateway.post(HELLO)[1]["error"]["code"] == "backend_unreachable"
+        assert len(server.posts) == 2
+
+
 def test_connections_are_kept_alive(tmp_path: Path) -> None:
     def script(connection: Connection, _: Request) -> None:
         connection.answer(completion())
@@ -259,18 +306,23 @@ def test_a_client_that_never_reads_again_is_let_go(tmp_path: Path) -> None:
         assert gateway.get("/metrics")[1]["in_flight"] == 0
 
 
-def test_a_long_answer_reaches_a_slow_reader_whole(tmp_path: Path) -> None:
+def test_a_long_answer_reaches_a_slow_but_steady_reader_whole(tmp_path: Path) -> None:
+    """One that needs far longer than the idle timeout, but never stops reading for so long."""
     content = "word " * 2_000_000
 
     def script(connection: Connection, _: Request) -> None:
         connection.answer(completion(content))
 
-    with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url) as gateway, gateway.connect() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        client.sendall(raw_post(HELLO).replace(b"Host: g", b"Host: g\r\nConnection: close"))
-        data = bytearray()
-        while more := client.recv(262144):
-            data += more
+    with backend(script) as server, Running(tmp_path, "--idle-timeout", "700ms", BACKEND_URL=server.url) as gateway:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+            client.settimeout(PATIENCE)
+            client.connect(("127.0.0.1", gateway.port))
+            client.sendall(raw_post(HELLO).replace(b"Host: g", b"Host: g\r\nConnection: close"))
+            data = bytearray()
+            while more := client.recv(100_000):
+                data += more
+                time.sleep(0.03)
         assert json.loads(data.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"] == content
 
 
@@ -284,6 +336,69 @@ def test_a_client_that_leaves_in_the_middle_of_a_long_answer_is_recorded(tmp_pat
             assert b"200 OK" in client.recv(4096)
         wait_for(lambda: gateway.get("/metrics")[1]["client_cancelled_count"] == 1)
         assert gateway.get("/metrics")[1]["in_flight"] == 0
+
+
+def test_a_client_that_leaves_is_noticed_even_if_it_had_sent_more_than_a_request(tmp_path: Path) -> None:
+    got, gone = threading.Event(), threading.Event()
+
+    def script(connection: Connection, _: Request) -> None:
+        got.set()
+        if connection.gone():
+            gone.set()
+
+    for extra in (60_000, 200_000):
+        got.clear()
+        gone.clear()
+        with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url) as gateway:
+            with gateway.connect() as client:
+                client.sendall(raw_post(HELLO))
+                assert got.wait(20)
+                with contextlib.suppress(OSError):
+                    client.sendall(b"x" * extra)
+            assert gone.wait(10)
+
+
+@pytest.mark.parametrize("body", [HELLO, STREAM])
+def test_a_client_that_leaves_closes_a_tls_backends_connection_at_once(tmp_path: Path, body: object) -> None:
+    """A backend that goes on sending, and reads nothing: it never answers a polite goodbye."""
+    gone = threading.Event()
+
+    def script(connection: Connection, _: Request) -> None:
+        try:
+            connection.start_stream()
+            while True:
+                connection.chunk(event("a"))
+                time.sleep(0.01)
+        except OSError:
+            gone.set()
+
+    certificate, key = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with backend(script, context) as server:
+        settings = {"BACKEND_URL": server.url, "SSL_CERT_FILE": str(certificate), "GATEWAY_BACKEND_KIND": "llamacpp"}
+        with Running(tmp_path, **settings) as gateway:
+            wait_for(lambda: gateway.get("/readyz")[0] == 200)
+            with gateway.connect() as client:
+                client.sendall(raw_post(body))
+                wait_for(lambda: server.posts)
+                if body is STREAM:
+                    assert b"200 OK" in client.recv(65536)
+            assert gone.wait(10)
+
+
+def test_a_tls_backend_that_is_not_trusted_is_unreachable(tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+
+    def script(connection: Connection, _: Request) -> None:
+        connection.answer(completion())
+
+    with backend(script, context) as server, Running(tmp_path, BACKEND_URL=server.url) as gateway:
+        status, answer = gateway.post(HELLO)
+        assert (status, answer["error"]["code"]) == (502, "backend_unreachable")
+        assert not server.posts
 
 
 def test_no_cookie_of_one_tenant_reaches_another(tmp_path: Path) -> None:

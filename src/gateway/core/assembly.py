@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from . import sse
+from .errors import UNDECODABLE
 
 
 class Broken(ValueError):
@@ -60,7 +61,7 @@ class Assembler:
     def _chunk(self, data: bytes) -> None:
         try:
             chunk = msgspec.json.decode(data, type=dict[str, Any])
-        except msgspec.DecodeError as error:
+        except UNDECODABLE as error:
             raise Broken(f"an event is not a JSON object: {error}") from None
         if chunk.get("error") is not None:
             raise _stream_error(data, chunk["error"])

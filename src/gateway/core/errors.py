@@ -13,6 +13,9 @@ import msgspec
 
 Fault = Literal["caller", "policy", "backend", "gateway"]
 
+UNDECODABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for JSON that is malformed, not UTF-8, of another shape, or nested too deeply."""
+
 MAX_RETRY_AFTER: Final = 120.0
 """Seconds. The openai SDK ignores a Retry-After above this."""
 
@@ -79,9 +82,14 @@ class GatewayError(Exception):
         self.retry_after = retry_after
         self.allow = allow
 
+    @property
+    def told(self) -> str:
+        """What the client is told; the log gets ``message``."""
+        return self.message
+
     def body(self) -> bytes:
         """The OpenAI error object, as JSON."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        error = {"message": self.told, "type": self.type, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
     def headers(self) -> list[tuple[str, str]]:
@@ -98,10 +106,16 @@ class GatewayError(Exception):
 class BackendFailed(GatewayError):
     """A backend did not give a whole, well-formed answer in time.
 
-    ``detail`` names what happened in the backend's or the operating system's words; it goes to
-    the log, never to the client.
+    ``detail`` names what happened in the operating system's words; it goes to the log, never to the
+    client. ``said`` is the backend's own explanation; it goes to the client, who may have caused it,
+    and never to the log, since it may quote the prompt.
     """
 
-    def __init__(self, code: str, message: str, *, detail: str = "", retry_after: float | None = None) -> None:
+    def __init__(self, code: str, message: str, *, detail: str = "", said: str = "", retry_after: float | None = None) -> None:
         super().__init__(code, message, retry_after=retry_after)
         self.detail = detail
+        self.said = said
+
+    @property
+    def told(self) -> str:
+        return f"{self.message.removesuffix('.')}: {self.said}" if self.said else self.message

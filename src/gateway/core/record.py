@@ -10,13 +10,12 @@ from .usage import Usage
 
 @dataclass(slots=True)
 class Record:
-    """One request. Times are seconds on the monotonic clock, but ``started_at`` is Unix time."""
+    """One request. Times are seconds on the monotonic clock."""
 
     request_id: str
     method: str
     route: str
     started: float
-    started_at: float
     client: str = ""
     model: str = ""
     stream: bool = False
@@ -28,7 +27,6 @@ class Record:
     message: str = ""
     usage: Usage = field(default_factory=Usage)
     finish_reason: str | None = None
-    sent: float | None = None
     replied: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -39,11 +37,10 @@ class Record:
         """Seconds from the request's last byte in to its answer's last byte out."""
         return self.ended - self.started
 
-    def sent_to(self, backend: str, now: float) -> None:
-        """The request goes to this backend now; called again for each further attempt."""
+    def sent_to(self, backend: str) -> None:
+        """The request goes to this backend; called again for each further attempt."""
         self.backend = backend
         self.attempts += 1
-        self.sent = now
 
     def failed(self, error: GatewayError) -> None:
         """The request ended with this error; a status already on the wire stays."""

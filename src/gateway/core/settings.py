@@ -34,6 +34,13 @@ def text(value: Any) -> str:
     return value.strip()
 
 
+def key(value: Any) -> str:
+    """A key as it may stand in a header."""
+    if not isinstance(value, str) or not re.fullmatch(r"[!-~]{1,1024}", value.strip()):
+        raise ValueError("a key of printable ASCII characters without spaces")
+    return value.strip()
+
+
 def whole_number(low: int, high: int) -> Reader:
     """A whole number from ``low`` to ``high``."""
 
@@ -174,7 +181,7 @@ class Settings:
         "what the backend is: llamacpp, or any other OpenAI-compatible server; auto asks it",
     )
     backend_api_key: str | None = _row(
-        "", "GATEWAY_BACKEND_API_KEY", text, "key sent to the backend as a Bearer token", secret=True
+        "", "GATEWAY_BACKEND_API_KEY", key, "key sent to the backend as a Bearer token", secret=True
     )
     forward_authorization: bool = _row(
         "false", "GATEWAY_FORWARD_AUTHORIZATION", switch, "pass the client's Authorization and X-Api-Key on to the backend"

@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 
 from . import sse
+from .errors import UNDECODABLE
 
 
 class Usage(msgspec.Struct, frozen=True):
@@ -55,6 +56,7 @@ class _Chunk(msgspec.Struct):
     error: object = None
 
 
+_MOST: Final = 2**40
 _decode: Final = msgspec.json.Decoder(_Chunk).decode
 
 
@@ -62,14 +64,19 @@ def _usage(chunk: _Chunk) -> Usage | None:
     if chunk.usage is not None:
         details = chunk.usage.prompt_tokens_details
         return Usage(
-            prompt_tokens=chunk.usage.prompt_tokens or 0,
-            completion_tokens=chunk.usage.completion_tokens or 0,
-            cached_tokens=(details.cached_tokens or 0) if details else 0,
+            _count(chunk.usage.prompt_tokens),
+            _count(chunk.usage.completion_tokens),
+            _count(details.cached_tokens if details else 0),
         )
     if chunk.timings is not None:
         timings = chunk.timings
-        return Usage(timings.cache_n + timings.prompt_n, timings.predicted_n, timings.cache_n)
+        return Usage(_count(timings.cache_n + timings.prompt_n), _count(timings.predicted_n), _count(timings.cache_n))
     return None
+
+
+def _count(said: int | None) -> int:
+    """A number of tokens that can be one, whatever the backend says: sums of them stay exact as floats."""
+    return min(max(said or 0, 0), _MOST)
 
 
 class UsageMeter:
@@ -111,7 +118,7 @@ class UsageMeter:
             return False
         try:
             chunk = _decode(data)
-        except msgspec.DecodeError:
+        except UNDECODABLE:
             return False  # not ours to judge: it is relayed as it came
         if chunk.error is not None:
             self.failed = True
@@ -131,7 +138,7 @@ class UsageMeter:
 
 
 def of_answer(body: bytes) -> tuple[Usage, str | None]:
-    """Usage and finish reason of a whole answer. Raises msgspec.DecodeError if it is no JSON object."""
+    """Usage and finish reason of a whole answer. Raises one of `UNDECODABLE` if it is no JSON object."""
     try:
         chunk = _decode(body)
     except msgspec.ValidationError:

@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from . import sse
-from .errors import GatewayError
+from .errors import UNDECODABLE, GatewayError
 from .usage import Usage
 
 CHAT_COMPLETIONS: Final = "/v1/chat/completions"
@@ -87,17 +87,23 @@ def parse_chat(body: bytes) -> ChatRequest:
     ``invalid_value`` with ``param`` as the path of the field.
     """
     try:
+        if not body.isascii():
+            body.decode("utf-8")  # JSON is UTF-8 everywhere (RFC 8259), also in the fields that nobody reads here
         chat = _chat_decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _validation_error(str(error)) from None
-    except RecursionError:
-        raise GatewayError("invalid_json", "The request body is nested too deeply.") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        what = str(error).removeprefix("JSON is malformed: ") if body.strip() else "it is empty"
-        raise GatewayError("invalid_json", f"The request body is not valid JSON: {what}.") from None
+    except UNDECODABLE as error:
+        raise _not_json(body, error) from None
     if not chat.messages:
         raise GatewayError("invalid_value", "'messages' is empty: send at least one message.", param="messages")
     return chat
+
+
+def _not_json(body: bytes, error: Exception) -> GatewayError:
+    if isinstance(error, RecursionError):
+        return GatewayError("invalid_json", "The request body is nested too deeply.")
+    what = str(error).removeprefix("JSON is malformed: ") if body.strip() else "it is empty"
+    return GatewayError("invalid_json", f"The request body is not valid JSON: {what}.")
 
 
 def _validation_error(text: str) -> GatewayError:
@@ -124,8 +130,11 @@ def with_usage(body: bytes) -> bytes:
 
 
 def _rewritten(body: bytes, **changes: object) -> bytes:
-    fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    options = msgspec.json.decode(fields.get("stream_options", b"null"), type=dict[str, Any] | None) or {}
+    try:
+        fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        options = msgspec.json.decode(fields.get("stream_options", b"null"), type=dict[str, msgspec.Raw] | None) or {}
+    except UNDECODABLE as error:  # a name that is no text, say
+        raise _not_json(body, error) from None
     return msgspec.json.encode({**fields, **changes, "stream_options": {**options, "include_usage": True}})
 
 
@@ -240,7 +249,7 @@ def find_model(listing: bytes, id: str) -> bytes:
 
 
 def models(listing: bytes) -> list[dict[str, Any]]:
-    """The entries of a model list that have an ``id``. Raises msgspec.DecodeError if it is no such list."""
+    """The entries of a model list that have an ``id``. Raises one of `UNDECODABLE` if it is no such list."""
     data = msgspec.json.decode(listing, type=dict[str, Any]).get("data")
     if not isinstance(data, list):
         raise msgspec.ValidationError("no `data` list")

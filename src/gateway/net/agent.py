@@ -37,6 +37,9 @@ MAX_IDLE_CONNECTIONS: Final = 256
 IDLE_SECONDS: Final = 4.0
 """How long one waits: llama-server and uvicorn close theirs after 5 s, and we must be first."""
 
+STALE_SECONDS: Final = 1.0
+"""A connection that the server had closed before our request shows it within a round trip."""
+
 MAX_RESPONSE_HEADER_BYTES: Final = 64 * 1024
 
 
@@ -117,16 +120,25 @@ class _Reused:
     """A kept-alive connection in use again: if it proves dead before a byte of an answer came, a fresh one is tried, once.
 
     A server may close an idle connection just as a request is on its way (RFC 9112 section 9.3.1); our
-    bodies are whole in memory, so the request can be sent again.
+    bodies are whole in memory, so the request can be sent again. A connection that breaks later was not
+    stale: the server had the request, and may have died of it.
     """
 
-    def __init__(self, connection: HTTP11ClientProtocol, connect: Callable[[], Deferred[HTTP11ClientProtocol]]) -> None:
+    def __init__(
+        self,
+        connection: HTTP11ClientProtocol,
+        connect: Callable[[], Deferred[HTTP11ClientProtocol]],
+        now: Callable[[], float],
+    ) -> None:
         self._connection = connection
         self._connect = connect
+        self._now = now
 
     def request(self, request: Any) -> Deferred[IResponse]:
+        started = self._now()
+
         def failed(failure: Failure) -> Any:
-            if not _was_stale(failure):
+            if self._now() - started > STALE_SECONDS or not _was_stale(failure):
                 return failure
             return self._connect().addCallback(lambda fresh: fresh.request(request))
 
@@ -157,7 +169,7 @@ class Pool(HTTPConnectionPool):
             self._timeouts.pop(connection).cancel()
             if connection.state == "QUIESCENT":
                 if _is_quiet(connection.transport):
-                    return succeed(_Reused(connection, lambda: self._newConnection(key, endpoint)))
+                    return succeed(_Reused(connection, lambda: self._newConnection(key, endpoint), self._reactor.seconds))
                 connection.transport.abortConnection()
         return self._newConnection(key, endpoint)
 

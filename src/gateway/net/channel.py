@@ -8,6 +8,8 @@ OpenAI error body.
 from __future__ import annotations
 
 import re
+import socket
+import sys
 from collections.abc import Callable
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -33,6 +35,9 @@ HEADER_SECONDS: Final = 10.0
 
 MIN_BODY_RATE: Final = 1024
 """Bytes per second that a request body must keep up on average once the client timeout has passed once."""
+
+MAX_PIPELINED: Final = 64 * 1024
+"""Bytes that a client may send while the request before them is being answered."""
 
 _LENGTH_DIGITS: Final = 20
 """A longer Content-Length is no number of bytes, and int() has a limit of its own."""
@@ -101,6 +106,7 @@ class Channel(http.HTTPChannel):
     transport: Any
     callLater: Callable[..., IDelayedCall]
     maxHeaders = 100
+    _optimisticEagerReadSize = MAX_PIPELINED
     _deadline: IDelayedCall | None = None
     _stalled: IDelayedCall | None = None
     _refused = False
@@ -192,6 +198,10 @@ class Channel(http.HTTPChannel):
     def rawDataReceived(self, data: bytes) -> None:
         if self._refused:
             return
+        if self._handlingRequest and sum(map(len, self._dataBuffer)) + len(data) > MAX_PIPELINED:
+            # twisted.web would stop reading, and then not notice that the client leaves.
+            self.transport.abortConnection()
+            return
         try:
             super().rawDataReceived(data)
         except _BodyTooLarge:
@@ -235,15 +245,23 @@ class Channel(http.HTTPChannel):
     def pauseProducing(self) -> None:
         super().pauseProducing()
         if self._stalled is None:
-            self._stalled = self.callLater(self.site.limits.idle_timeout, self._client_stalled)
+            self._watch_reader()
 
     def resumeProducing(self) -> None:
         self._clear_stalled()
         super().resumeProducing()
 
-    def _client_stalled(self) -> None:
+    def _watch_reader(self) -> None:
+        idle = self.site.limits.idle_timeout
+        self._stalled = self.callLater(idle, self._check_reader, _acknowledged(self.transport))
+
+    def _check_reader(self, before: int) -> None:
+        """A pause may outlast the timeout while a slow reader empties the kernel's buffer: what counts is whether it reads."""
         self._stalled = None
-        self.transport.abortConnection()
+        if _acknowledged(self.transport) > before:
+            self._watch_reader()
+        else:
+            self.transport.abortConnection()
 
     def _clear_stalled(self) -> None:
         if self._stalled is not None:
@@ -298,6 +316,18 @@ class Channel(http.HTTPChannel):
         self._clear_stalled()
         super().connectionLost(reason)
         self.site.closed(self)
+
+
+def _acknowledged(transport: Any) -> int:
+    """Bytes that the client's machine has taken so far, as Linux counts them (tcpi_bytes_acked in struct tcp_info)."""
+    handle = getattr(transport, "getHandle", lambda: None)()
+    if not isinstance(handle, socket.socket) or not hasattr(socket, "TCP_INFO"):
+        return 0
+    try:
+        told = handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+    except OSError:
+        return 0
+    return int.from_bytes(told[120:128], sys.byteorder)
 
 
 def _is_utf8(text: bytes) -> bool:
