@@ -1,0 +1,61 @@
+"""The server's channel on a stopped clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.web.resource import Resource
+
+from gateway.net import channel as channel_module
+from gateway.net.channel import Channel, Limits
+from gateway.net.server import Server
+
+IDLE = 60.0
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def channel(clock: Clock) -> Iterator[Channel]:
+    limits = Limits(max_body=1000, max_connections=10, client_timeout=60.0, idle_timeout=IDLE)
+    server = Server(Resource(), limits, clock, lambda refusal: "id")
+    made: Any = server.buildProtocol(None)
+    made.makeConnection(StringTransport())
+    made.setTimeout(None)
+    yield made
+    made.connectionLost()
+    assert not clock.getDelayedCalls()
+
+
+def acknowledging(monkeypatch: pytest.MonkeyPatch, *counts: int) -> None:
+    """Let the client's machine have taken so many bytes at each look."""
+    told = iter(counts)
+    monkeypatch.setattr(channel_module, "_acknowledged", lambda transport: next(told))
+
+
+def test_a_reader_that_is_slow_but_reads_is_waited_for(channel: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    acknowledging(monkeypatch, 10, 20, 20, 30, 30)
+    channel.pauseProducing()
+    clock.advance(IDLE)
+    clock.advance(IDLE)
+    assert not channel.transport.disconnected
+    channel.resumeProducing()
+    clock.advance(10 * IDLE)
+    assert not channel.transport.disconnected
+
+
+def test_a_reader_that_takes_nothing_for_the_idle_timeout_is_let_go(
+    channel: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acknowledging(monkeypatch, 10, 20, 20, 20)
+    channel.pauseProducing()
+    clock.advance(IDLE)
+    clock.advance(IDLE)
+    assert channel.transport.disconnected
