@@ -6,6 +6,7 @@ Only this module knows the process: its files, environment, signals, clocks and 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -42,6 +43,8 @@ from .net.server import Server
 from .pool import Pool
 
 BACKLOG: Final = 4096
+SPARE_FILES: Final = 100
+
 FLUSH_SECONDS: Final = 2.0
 """How long answers that are complete may take to leave, at the very end."""
 
@@ -107,6 +110,7 @@ def makeService(options: Options) -> Gateway:
     from twisted.internet import reactor  # noqa: PLC0415 - twistd may still choose which one
 
     listening = _listen(options.settings.host, options.settings.port)
+    _allow_files(2 * options.settings.max_connections + SPARE_FILES)
     return Gateway(options.settings, reactor, listening, _observer(options.parent or {}, options.settings))
 
 
@@ -120,6 +124,14 @@ def _listen(host: str, port: int) -> socket.socket:
         _exit(f"cannot listen on {host} port {port} (--host, --port): {problem.strerror or problem}")
     listening.setblocking(False)
     return listening
+
+
+def _allow_files(wanted: int) -> None:
+    """Each client and each backend connection is an open file; many systems allow 1,024 unless asked for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _observer(twistd: Any, settings: Settings) -> LineObserver | None:

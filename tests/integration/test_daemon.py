@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from gateway.core.settings import option_rows
+
 from .backends import Connection, backend, completion, event
 from .processes import PATIENCE, TWISTD, Running, clean_environment, free_port, wait_for
 from .test_faults import HELLO, STREAM, raw_post, read_all
@@ -101,9 +103,10 @@ def test_a_log_file_that_cannot_be_written_is_one_line_and_status_1(tmp_path: Pa
 def test_help_and_version_know_the_settings(tmp_path: Path) -> None:
     done = twistd(tmp_path, "inference-gateway", "--help")
     assert done.returncode == 0
-    for word in ("--port=", "--backend-url=", "--max-body=", "--grace=", "GATEWAY_MAX_BODY", "default 32MiB"):
-        assert word in " ".join(done.stdout.split())
-    assert "api-key" not in done.stdout
+    said = " ".join(done.stdout.split()).replace("- ", "-")  # as it was before it was wrapped
+    for option, help in option_rows():
+        assert f"--{option}= {help}".replace("- ", "-") in said
+    assert "api-key" not in said
     assert re.fullmatch(r"inference-gateway \d+\.\d+\.\d+\n", twistd(tmp_path, "inference-gateway", "--version").stdout)
 
 
@@ -128,6 +131,19 @@ def test_the_sources_in_their_order(tmp_path: Path) -> None:
             backends = gateway.get("/metrics")[1]["backends"]
             assert [f"http://{one['name']}" for one in backends] == [urls[name]]
             assert json.loads(gateway.lines().splitlines()[0])["level"] == "info"
+
+
+def test_it_may_open_as_many_files_as_it_may_have_connections(tmp_path: Path) -> None:
+    limited = f"ulimit -Sn 256; exec {TWISTD} -n --pidfile= inference-gateway --port 0 --max-connections 1000"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(["bash", "-c", limited], cwd=tmp_path, env=clean_environment(), stdout=log, stderr=log)
+    try:
+        wait_for(lambda: "listens" in (tmp_path / "log").read_text())
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        assert re.search(r"Max open files\s+2100\s", limits), limits
+    finally:
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1", "::"])
