@@ -60,15 +60,15 @@ class Client:
         while line := self._file.readline().strip().decode():
             name, _, value = line.partition(": ")
             headers[name.lower()] = value
-        body = b""
+        body = bytearray()
         if headers.get("transfer-encoding") == "chunked":
             while size := int(self._file.readline(), 16):
                 body += self._file.read(size)
                 self._file.readline()
             self._file.readline()
         elif not head:
-            body = self._file.read(int(headers.get("content-length", "0")))
-        return Reply(status, headers, body)
+            body += self._file.read(int(headers.get("content-length", "0")))
+        return Reply(status, headers, bytes(body))
 
     def closed(self) -> bool:
         try:
@@ -344,3 +344,23 @@ def _metric(client: Client, name: str) -> float:
     found = re.search(rf"^{name} (\S+)$", client.read().body.decode(), re.MULTILINE)
     assert found
     return float(found[1])
+
+
+LONG = json.dumps({"messages": [{"role": "user", "content": "a " * 30_000}], "stream": True}).encode()
+
+
+def test_a_long_echo_goes_at_its_readers_pace_and_holds_up_nobody(gateway: Running) -> None:
+    with Client(gateway) as slow:
+        slow.send(post(LONG))
+        assert gateway.get("/healthz")[0] == 200
+        time.sleep(0.3)
+        assert slow.read().body.count(b'"content":" a"') == 30_000
+
+
+def test_a_client_that_leaves_a_long_echo_ends_it(gateway: Running) -> None:
+    before = gateway.get("/metrics")[1]["client_cancelled_count"]
+    with Client(gateway) as client:
+        client.send(post(LONG))
+        assert client.sock.recv(100).startswith(b"HTTP/1.1 200 OK")
+    wait_for(lambda: gateway.get("/metrics")[1]["client_cancelled_count"] == before + 1)
+    assert gateway.get("/metrics")[1]["in_flight"] == 0
