@@ -129,7 +129,7 @@ class Gateway:
 
     def status(self) -> Status:
         """How things stand."""
-        return Status(self.dispatcher.inflight, 0, self.app.draining, self.pool.snapshot())
+        return Status(self.dispatcher.inflight, 0, 0, self.app.draining, self.pool.snapshot())
 
     def post(self, body: bytes = HELLO, **headers: str) -> Deferred[Any]:
         named = {name.replace("_", "-"): value for name, value in headers.items()}

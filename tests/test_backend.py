@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from twisted.internet import error
@@ -370,6 +371,7 @@ def test_a_stream_that_breaks_ends_with_one_error_and_no_done(
     whole = b"".join(part for part in parts if part.endswith(b"\n\n"))
     assert raw.startswith(whole)
     (record,) = gateway.records
+    assert ("ConnectionDone" in record.detail) == isinstance(end, ResponseFailed)
     assert (record.status, record.code, record.fault) == (200, "backend_protocol_error", "backend")
 
 
@@ -388,6 +390,23 @@ def test_a_stream_that_breaks_ends_with_one_error_and_no_done(
 def test_a_stream_that_is_whole_is_left_alone(gateway: Gateway, parts: tuple[bytes, ...], end: Exception | None) -> None:
     assert streamed(gateway, STREAM, *parts, end=end) == b"".join(part for part in parts if part.endswith(b"\n\n"))
     assert gateway.records[0].code == ""
+
+
+@pytest.mark.parametrize("end", ["DONE and nothing more", "DONE before the silence"])
+def test_after_done_the_backends_end_is_not_waited_for(gateway: Gateway, end: str) -> None:
+    response = gateway.post(STREAM)
+    reply = gateway.agent.answer(FakeResponse(content_type=SSE))
+    reply.data(chunk("a", "stop") + (DONE if end.endswith("more") else b""))
+    if end.endswith("silence"):
+        gateway.clock.advance(10.0)
+        reply.data(DONE)
+    gateway.clock.advance(0.9)
+    assert not gateway.records
+    gateway.clock.advance(0.2)
+    assert body_of(gateway, gateway.done(response)) == chunk("a", "stop") + DONE
+    assert gateway.records[0].code == ""
+    assert reply.transport.closed
+    assert not gateway.clock.getDelayedCalls()
 
 
 @pytest.mark.parametrize("end", [None, PotentialDataLoss()])
@@ -592,6 +611,12 @@ def test_models_are_the_backends(gateway: Gateway) -> None:
     response = gateway.get("/v1/models/m")
     gateway.agent.answer(FakeResponse(), listing("me"))
     assert json.loads(body_of(gateway, gateway.done(response))) == {"id": "m", "owned_by": "me"}
+    for id in ("org/name", "/models/name.gguf", "name with space"):
+        response = gateway.get("/v1/models/" + quote(id, safe=""))
+        gateway.agent.answer(FakeResponse(), json.dumps({"data": [{"id": id}]}).encode())
+        assert json.loads(body_of(gateway, gateway.done(response))) == {"id": id}
+    assert {record.backend for record in gateway.records} == {"b"}
+    assert "gateway_time_to_first_token_seconds_count" not in gateway.metrics.page("text/plain")[1].decode()
     response = gateway.get("/v1/models")
     gateway.agent.fail(error.ConnectionRefusedError())
     assert gateway.done(response).code == 502

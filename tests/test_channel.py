@@ -59,3 +59,12 @@ def test_a_reader_that_takes_nothing_for_the_idle_timeout_is_let_go(
     clock.advance(IDLE)
     clock.advance(IDLE)
     assert channel.transport.disconnected
+
+
+def test_a_closing_connection_is_watched_too(channel: Any, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After loseConnection nobody pauses the channel any more, however full its buffer is."""
+    acknowledging(monkeypatch, 10, 10)
+    channel.loseConnection()
+    assert not channel.transport.disconnected
+    clock.advance(IDLE)
+    assert channel.transport.disconnected

@@ -13,10 +13,11 @@ from twisted.python.failure import Failure
 from twisted.web.resource import IResource
 from twisted.web.server import Request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.routing import PathConverter
 
 from .backend import Answer, Backend
 from .core import wire
-from .core.errors import BackendFailed, GatewayError
+from .core.errors import GatewayError
 from .core.record import Record
 from .core.status import Status
 from .inference import Inference
@@ -31,6 +32,13 @@ Work = Callable[[Request, Record], Awaitable[None]]
 Observer = Callable[[Record], None]
 
 
+class _ModelId(PathConverter):
+    """Anything: ``org/model``, and also llama-server's own ids, which are paths with a slash in front."""
+
+    part_isolating = False
+    regex = ".+"
+
+
 class App:
     """The HTTP face of the gateway.
 
@@ -40,6 +48,7 @@ class App:
     router = Klein()
     router.url_map.strict_slashes = False
     router.url_map.merge_slashes = False
+    router.url_map.converters["model"] = _ModelId
 
     def __init__(
         self,
@@ -73,10 +82,10 @@ class App:
     def models(self, request: Request) -> Deferred[None]:
         return self._run(request, "/v1/models", self._models)
 
-    @router.route("/v1/models/<path:id>", methods=["GET"])
+    @router.route("/v1/models/<model:id>", methods=["GET"])
     def model(self, request: Request, id: str) -> Deferred[None]:
         async def answer(request: Request, record: Record) -> None:
-            listing = await self._list_models(request)
+            listing = await self._list_models(request, record)
             if listing.status < 400:
                 listing = listing._replace(body=wire.find_model(listing.body, id))
             await relay(listing, request, record, self._now)
@@ -112,9 +121,10 @@ class App:
         await self._inference.infer(request, record)
 
     async def _models(self, request: Request, record: Record) -> None:
-        await relay(await self._list_models(request), request, record, self._now)
+        await relay(await self._list_models(request, record), request, record, self._now)
 
-    async def _list_models(self, request: Request) -> Answer:
+    async def _list_models(self, request: Request, record: Record) -> Answer:
+        record.sent_to(self._backend.name)
         return await self._backend.models(self._inference.forwardable(request))
 
     async def _healthz(self, request: Request, record: Record) -> None:
@@ -163,14 +173,6 @@ class App:
             else:
                 record.failed(GatewayError("client_cancelled", "The client went away."))
         except GatewayError as error:
-            if isinstance(error, BackendFailed):
-                _log.warn(
-                    "{id}: backend {backend}: {code}: {why}",
-                    id=record.request_id,
-                    backend=record.backend,
-                    code=error.code,
-                    why=error.detail or error.message,
-                )
             _fail(request, record, error)
         except Exception:
             _log.failure("{id}: a bug in the gateway", id=record.request_id)

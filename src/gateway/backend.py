@@ -48,6 +48,9 @@ class Stream(Protocol):
     def deliver(self, receive: Receive) -> Deferred[None]:
         """Push the body to ``receive``; fires when it has ended, fails with `BackendFailed`."""
 
+    def expect_end(self) -> None:
+        """The answer is whole: nothing but the end of the body may still come, and soon."""
+
     def pauseProducing(self) -> None: ...
     def resumeProducing(self) -> None: ...
     def stopProducing(self) -> None:

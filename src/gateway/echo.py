@@ -81,6 +81,9 @@ class EchoStream:
         self._task = None
         self._ended.callback(None)
 
+    def expect_end(self) -> None:
+        """It comes by itself."""
+
     def pauseProducing(self) -> None:
         if self._task is not None and not self._paused:
             self._task.pause()

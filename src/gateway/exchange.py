@@ -21,6 +21,9 @@ from zope.interface import implementer
 from .core import wire
 from .core.errors import BackendFailed
 
+END_SECONDS: Final = 1.0
+"""How long a backend may take to end the body after an answer's last event."""
+
 Receive = Callable[[bytes], None]
 
 
@@ -215,6 +218,12 @@ class Exchange(protocol.Protocol):
         self._silence = None
 
     # --- IPushProducer: the client's pace is the backend's
+
+    def expect_end(self) -> None:
+        """The answer is whole: a backend that does not end its body soon is not waited for."""
+        self._timeouts = self._timeouts._replace(idle=min(END_SECONDS, self._timeouts.idle))
+        if self._silence is not None:
+            self._silence.reset(self._timeouts.idle)
 
     def pauseProducing(self) -> None:
         self._paused = True

@@ -60,6 +60,7 @@ def access_fields(record: Record) -> Fields:
         finish_reason=record.finish_reason or "",
         client=record.client,
         error=record.message[:500],
+        detail=record.detail,
     )
     always = ("request_id", "method", "route", "status", "duration_ms")
     return Fields({name: value for name, value in fields.items() if value or name in always})
@@ -70,8 +71,9 @@ def _ms(seconds: float) -> float:
 
 
 def access_log(record: Record) -> None:
-    """An observer of records: writes the line."""
-    _log.info("{access}", access=access_fields(record))
+    """An observer of records: writes the line, as a warning if the fault is not the caller's."""
+    level = LogLevel.warn if record.fault in ("backend", "gateway") else LogLevel.info
+    _log.emit(level, "{access}", access=access_fields(record))
 
 
 @implementer(ILogObserver)

@@ -7,7 +7,7 @@ from typing import Any, Final
 
 import msgspec
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.process_collector import ProcessCollector
@@ -53,7 +53,7 @@ class Metrics:
         )
         self._duration = self._histogram("gateway_request_duration_seconds", "From the whole request in to the answer out.")
         self._first_token = self._histogram(
-            "gateway_time_to_first_token_seconds", "From the whole request in to the first token."
+            "gateway_time_to_first_token_seconds", "From the whole request in to the first token of a stream."
         )
         self._per_token = Histogram(
             "gateway_time_per_output_token_seconds",
@@ -75,9 +75,8 @@ class Metrics:
         fault = record.fault or ""
         self._requests.labels(record.route, model, record.backend, str(record.status), record.code, fault).inc()
         self._duration.labels(record.route).observe(record.duration)
-        first = record.first_token if record.stream else record.replied
-        if first is not None and record.status == 200:
-            self._first_token.labels(record.route).observe(first - record.started)
+        if record.first_token is not None:
+            self._first_token.labels(record.route).observe(record.first_token - record.started)
         used = record.usage
         for kind, count in (
             ("prompt", used.prompt_tokens),
@@ -170,4 +169,7 @@ class _StatusCollector:
             state.add_metric([backend.name, backend.state], 1)
         yield state
         yield GaugeMetricFamily("gateway_connections", "Open client connections.", value=status.connections)
+        refused = CounterMetricFamily("gateway_connections_refused", "Connections closed at once, as there were too many.")
+        refused.add_metric([], status.refused_connections)
+        yield refused
         yield GaugeMetricFamily("gateway_draining", "1 while the gateway finishes its last requests.", value=status.draining)

@@ -45,7 +45,6 @@ async def relay(reply: Answer | Stream, request: Request, record: Record, now: C
     What fails after the first byte is told to the client in the stream itself and written into the
     record; what fails before it is raised, as is CancelledError when the client has gone.
     """
-    record.replied = now()
     if isinstance(reply, Answer):
         await _answer(reply, request, record)
     else:
@@ -155,6 +154,8 @@ class _Watch:
             is_usage = self._meter.see(event, now)
             if not (is_usage and self._stream.usage_added):
                 passed.append(event.raw)
+        if self._meter.done:
+            self._stream.expect_end()
         if passed:
             if not self._request.startedWriting:
                 self._start()

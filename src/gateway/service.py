@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final, NoReturn
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
@@ -73,14 +73,19 @@ class Options(usage.Options):
         try:
             super().parseOptions(options)
         except usage.UsageError as problem:
-            _exit(f"{problem}; --help lists the options")
+            _exit(f"{str(problem).rstrip('.')}; --help lists the options")
+
+    def parseArgs(self, *arguments: str) -> None:
+        """There are only options."""
+        if arguments:
+            raise usage.UsageError(f"unknown argument '{arguments[0]}'")
 
     def postOptions(self) -> None:
         """Put the sources together; a problem with any of them ends the start."""
         given = {name.replace("-", "_"): value for name, value in self.items() if value is not None}
-        env = [Source(".env", "env", _dotenv(Path(".env"))), Source("environment", "env", os.environ)]
         option = Source("command line", "option", given)
         try:
+            env = [Source(".env", "dotenv", _dotenv(Path(".env"))), Source("environment", "env", os.environ)]
             # Where the file is, is told by the other sources; what it says is overruled by them.
             config = resolve([*env, option]).config
             files = [Source(config, "file", _toml(Path(config)))] if config else []
@@ -93,9 +98,14 @@ def _dotenv(path: Path) -> dict[str, str | None]:
     if not path.is_file():
         return {}
     try:
-        return dict(dotenv_values(path, interpolate=False, encoding="utf-8-sig"))
+        with path.open(encoding="utf-8-sig") as file:
+            lines = list(parse_stream(file))
     except (OSError, UnicodeDecodeError) as problem:
         raise SettingsError(f"{path}: cannot be read: {problem}") from None
+    for line in lines:
+        if line.error:
+            raise SettingsError(f"{path}: line {line.original.line} is not NAME=value")
+    return {line.key: line.value for line in lines if line.key is not None}
 
 
 def _toml(path: Path) -> dict[str, Any]:
@@ -109,9 +119,11 @@ def makeService(options: Options) -> Gateway:
     """Everything that can fail at the start fails here: twistd has not become a daemon yet."""
     from twisted.internet import reactor  # noqa: PLC0415 - twistd may still choose which one
 
+    twistd: Any = options.parent or {}
+    _check_pidfile(twistd.get("pidfile"))
     listening = _listen(options.settings.host, options.settings.port)
     _allow_files(2 * options.settings.max_connections + SPARE_FILES)
-    return Gateway(options.settings, reactor, listening, _observer(options.parent or {}, options.settings))
+    return Gateway(options.settings, reactor, listening, _observer(twistd, options.settings))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -121,7 +133,9 @@ def _listen(host: str, port: int) -> socket.socket:
         both = address[0] == "::" and socket.has_dualstack_ipv6()
         listening = socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as problem:
-        _exit(f"cannot listen on {host} port {port} (--host, --port): {problem.strerror or problem}")
+        known = problem.errno is not None and problem.errno > 0 and not isinstance(problem, socket.gaierror)
+        why = os.strerror(problem.errno or 0) if known else problem.strerror or problem
+        _exit(f"cannot listen on {host} port {port} (--host, --port): {why}")
     listening.setblocking(False)
     return listening
 
@@ -144,11 +158,25 @@ def _observer(twistd: Any, settings: Settings) -> LineObserver | None:
             _exit("a daemon cannot log to standard output: give twistd --logfile a path, or -n")
         return LineObserver(_StandardOutput(), settings.log_format)
     place = Path(path).absolute()
+    umask = os.umask(0)
+    os.umask(umask)
     try:
-        file = LogFile(place.name, str(place.parent), rotateLength=settings.log_file_size, maxRotatedFiles=settings.log_files)
+        file = LogFile(
+            place.name,
+            str(place.parent),
+            rotateLength=settings.log_file_size,
+            maxRotatedFiles=settings.log_files,
+            defaultMode=0o666 & ~umask,  # as the operator's umask has it, not the daemon's, also after a rotation
+        )
     except OSError as problem:
         _exit(f"cannot write the log file {path}: {problem.strerror}")
     return LineObserver(_LogWriter(file), settings.log_format)
+
+
+def _check_pidfile(path: str | None) -> None:
+    """twistd itself would find out only as a daemon."""
+    if path and not os.access(Path(path).absolute().parent, os.W_OK):
+        _exit(f"cannot write the pidfile {path} (twistd --pidfile)")
 
 
 class _StandardOutput:
@@ -172,7 +200,13 @@ class _LogWriter:
         self._file.write(line)
 
     def rotate(self) -> None:
-        self._file.rotate()
+        """Begin a new file; the one before keeps its lines under another name, given by us or by logrotate."""
+        if not Path(self._file.path).exists():
+            self._file.reopen()
+        elif os.access(self._file.directory, os.W_OK):
+            self._file.rotate()
+        else:
+            _log.warn("SIGUSR1: the log's directory {directory} cannot be written to", directory=self._file.directory)
 
 
 class Gateway(Service):
@@ -220,7 +254,13 @@ class Gateway(Service):
 
     def status(self) -> Status:
         """How things stand."""
-        return Status(self.dispatcher.inflight, self.server.connections, self.app.draining, self.pool.snapshot())
+        return Status(
+            self.dispatcher.inflight,
+            self.server.connections,
+            self.server.refused_connections,
+            self.app.draining,
+            self.pool.snapshot(),
+        )
 
     # --- start
 
@@ -256,11 +296,13 @@ class Gateway(Service):
         # Hanging up ends a program at its terminal, and is for a daemon a word about its settings.
         on(signal.SIGHUP, self._stop if sys.stdin is not None and sys.stdin.isatty() else self._nothing_to_reload)
         write = getattr(self._observer, "_write", None)
-        if isinstance(write, _LogWriter):
-            on(signal.SIGUSR1, write.rotate)
+        on(signal.SIGUSR1, write.rotate if isinstance(write, _LogWriter) else self._nothing_to_rotate)
 
     def _nothing_to_reload(self) -> None:
         _log.warn("SIGHUP: settings are read at the start; restart to change them")
+
+    def _nothing_to_rotate(self) -> None:
+        _log.warn("SIGUSR1: there is no log file to rotate")
 
     # --- stop
 

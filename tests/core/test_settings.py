@@ -63,6 +63,7 @@ def test_an_empty_value_is_as_good_as_none() -> None:
         (file(port=[1]), "gateway.toml: port: [1] is not a whole number"),
         (file(stream_usage="maybe"), "gateway.toml: stream_usage: 'maybe' is not true or false"),
         (file(prot=1), "gateway.toml: unknown setting 'prot'; known are port, host"),
+        (Source(".env", "dotenv", {"GATEWAY_GRCE": "5"}), ".env: unknown setting 'GATEWAY_GRCE'"),
         (file(config="x"), "gateway.toml: unknown setting 'config'"),
     ],
 )

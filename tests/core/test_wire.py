@@ -130,6 +130,8 @@ def test_headers_of_one_connection_do_not_travel() -> None:
         (b"Cookie", [b"a=b"]),
         (b"Accept-Encoding", [b"gzip"]),
         (b"X-Request-Id", [b"abc"]),
+        (b"If-None-Match", [b'"a"']),
+        (b"Range", [b"bytes=0-1"]),
         (b"Traceparent", [b"00-1-2-01"]),
         (b"X-Session-Id", [b"s1"]),
         (b"X-Many", [b"1", b"2"]),

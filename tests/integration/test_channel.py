@@ -330,6 +330,8 @@ def test_connections_are_counted_and_bounded(tmp_path: Path) -> None:
             assert client.read().status == 200
         with Client(gateway) as fifth:
             assert fifth.closed()
+        assert "4 connections are open" in gateway.lines()
+        assert _metric(clients[0], "gateway_connections_refused_total") == 1
         clients.pop().__exit__()
         assert wait_for(lambda: _metric(clients[0], "gateway_connections") == 3)
         with Client(gateway) as again:

@@ -72,7 +72,7 @@ def test_a_port_in_use_is_one_line_and_status_1(tmp_path: Path, taken: str, mode
         ([], {"BACKEND_URL": "localhost:9"}, ["BACKEND_URL", "http://"]),
         (["--max-body", "lots"], {}, ["--max-body", "'lots'"]),
         (["--bogus", "1"], {}, ["bogus", "--help"]),
-        (["extra"], {}, ["--help"]),
+        (["extra"], {}, ["'extra'", "--help"]),
         (["--config", "missing.toml"], {}, ["missing.toml", "No such file"]),
         (["--host", "203.0.113.1"], {}, ["203.0.113.1", "--host"]),
     ],
@@ -94,6 +94,16 @@ def test_a_bad_setting_is_one_line_and_status_1(
 def test_a_bad_file_is_one_line_and_status_1(tmp_path: Path, toml: str, words: list[str]) -> None:
     (tmp_path / "gateway.toml").write_text(toml)
     fails_with_one_line(twistd(tmp_path, "-n", "inference-gateway", "--config", "gateway.toml"), *words)
+
+
+@pytest.mark.parametrize(("line", "words"), [("PORT: 1", ["line 2"]), ("GATEWAY_GRCE=5s", ["GATEWAY_GRCE"])])
+def test_a_bad_line_in_dotenv_is_one_line_and_status_1(tmp_path: Path, line: str, words: list[str]) -> None:
+    (tmp_path / ".env").write_text(f"# settings\n{line}\nOTHER_PROGRAM=fine\n")
+    fails_with_one_line(twistd(tmp_path, "-n", "inference-gateway", "--port", "0"), ".env", *words)
+
+
+def test_a_pidfile_that_cannot_be_written_is_one_line_and_status_1(tmp_path: Path) -> None:
+    fails_with_one_line(twistd(tmp_path, "--pidfile", "no/dir/x.pid", "inference-gateway", "--port", "0"), "no/dir/x.pid")
 
 
 def test_a_log_file_that_cannot_be_written_is_one_line_and_status_1(tmp_path: Path) -> None:
@@ -177,6 +187,10 @@ def test_a_daemon_writes_its_pid_and_log_and_stops_on_sigterm(tmp_path: Path) ->
 
         os.kill(pid, signal.SIGUSR1)
         wait_for((tmp_path / "gw.log.1").exists)
+        log.rename(tmp_path / "moved.log")
+        os.kill(pid, signal.SIGUSR1)
+        wait_for(log.exists)
+        assert log.stat().st_mode == (tmp_path / "moved.log").stat().st_mode
         os.kill(pid, signal.SIGHUP)
         wait_for(lambda: "SIGHUP" in log.read_text())
         assert gateway.get("/healthz")[0] == 200
@@ -221,6 +235,13 @@ def test_an_idle_gateway_stops_at_once_with_status_0(tmp_path: Path, number: sig
         gateway.process.send_signal(number)
         assert gateway.process.wait(10) == 0
         assert client.recv(65536) == b""
+
+
+def test_in_the_foreground_sigusr1_has_nothing_to_rotate_and_kills_nothing(tmp_path: Path) -> None:
+    with Running(tmp_path) as gateway:
+        gateway.process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: "no log file" in gateway.lines())
+        assert gateway.get("/healthz")[0] == 200
 
 
 class Paced:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .errors import Fault, GatewayError
+from .errors import BackendFailed, Fault, GatewayError
 from .usage import Usage
 
 
@@ -25,9 +25,9 @@ class Record:
     code: str = ""
     fault: Fault | None = None
     message: str = ""
+    detail: str = ""
     usage: Usage = field(default_factory=Usage)
     finish_reason: str | None = None
-    replied: float | None = None
     first_token: float | None = None
     last_token: float | None = None
     ended: float = 0.0
@@ -48,3 +48,4 @@ class Record:
         self.code = error.code
         self.fault = error.fault
         self.message = error.message
+        self.detail = error.detail if isinstance(error, BackendFailed) else ""

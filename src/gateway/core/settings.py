@@ -250,14 +250,15 @@ class Source(NamedTuple):
     """Where values came from. ``style`` is how it names a setting; see the functions below."""
 
     where: str
-    style: Literal["file", "env", "option"]
+    style: Literal["file", "dotenv", "env", "option"]
     values: Mapping[str, Any]
 
 
 def resolve(sources: Sequence[Source]) -> Settings:
     """The settings from these sources, of which a later one wins. Raises `SettingsError`.
 
-    Names that nobody knows are an error in a file; in the environment they are somebody else's.
+    Names that nobody knows are an error in a file; in the environment they are somebody else's. (Kubernetes
+    sets GATEWAY_PORT and the like beside a service called gateway.)
     """
     found: dict[str, Any] = {}
     for source in sources:
@@ -271,7 +272,9 @@ def resolve(sources: Sequence[Source]) -> Settings:
 def _row_of(source: Source, name: str) -> Setting | None:
     if source.style == "option":
         return _BY_NAME[name]
-    if source.style == "env":
+    if source.style in ("env", "dotenv"):
+        if source.style == "dotenv" and name.startswith("GATEWAY_") and name not in _BY_ENV:
+            raise SettingsError(f"{source.where}: unknown setting '{name}'; .env.example lists those there are")
         return _BY_ENV.get(name)
     row = _BY_NAME.get(name)
     if row is None or not row.in_file:

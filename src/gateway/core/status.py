@@ -18,10 +18,12 @@ class BackendState(NamedTuple):
 
 
 class Status(NamedTuple):
-    """The whole gateway. ``inflight``: requests that each backend holds, by its name."""
+    """The whole gateway. ``inflight``: requests that each backend holds, by its name;
+    ``refused_connections``: those closed at once since the start, as there were too many."""
 
     inflight: dict[str, int]
     connections: int
+    refused_connections: int
     draining: bool
     backends: list[BackendState]
 

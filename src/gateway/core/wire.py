@@ -156,6 +156,7 @@ _NOT_FORWARDED: Final = _HOP_BY_HOP | {
     b"x-api-key",
     b"cookie",
     b"x-request-id",  # replaced by the one that this request goes by
+    *b"if-match if-none-match if-modified-since if-unmodified-since if-range range".split(),  # 206 and 304 are no answers
 }
 
 _RETURNED: Final = frozenset(

@@ -110,6 +110,7 @@ class Channel(http.HTTPChannel):
     _deadline: IDelayedCall | None = None
     _stalled: IDelayedCall | None = None
     _refused = False
+    _gone = False
     _linger_left = LINGER_BYTES
     _body_bytes = 0
 
@@ -311,7 +312,14 @@ class Channel(http.HTTPChannel):
             if not request.startedWriting:
                 request.responseHeaders.setRawHeaders(b"connection", [b"close"])
 
+    def loseConnection(self) -> None:
+        """Close once all is written; from here on nobody pauses us, so whoever does not read is watched at once."""
+        super().loseConnection()
+        if self._stalled is None and not self._gone:
+            self._watch_reader()
+
     def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._gone = True
         self._clear_deadline()
         self._clear_stalled()
         super().connectionLost(reason)

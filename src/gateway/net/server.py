@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress, IReactorTime
+from twisted.logger import Logger
 from twisted.web.resource import IResource
 from twisted.web.server import Site
 
 from .channel import Channel, Limits, OnRefused, Request
+
+_log: Final = Logger("gateway.net")
 
 
 class Server(Site):
@@ -29,6 +32,8 @@ class Server(Site):
         self.clock = clock
         self.on_refused = on_refused
         self.draining = False
+        self.refused_connections = 0
+        self._full = False
         self._channels: set[Channel] = set()
         self._empty: Deferred[None] | None = None
 
@@ -39,7 +44,9 @@ class Server(Site):
     def buildProtocol(self, addr: IAddress | None) -> Channel | None:  # type: ignore[override]
         """A channel for this client, or None, which closes the connection at once, if there are too many."""
         if len(self._channels) >= self.limits.max_connections:
+            self._refuse_connection()
             return None
+        self._full = False
         channel = Channel()
         channel.factory = channel.site = self
         channel.requestFactory = self.requestFactory
@@ -47,6 +54,12 @@ class Server(Site):
         channel.callLater = self.clock.callLater
         self._channels.add(channel)
         return channel
+
+    def _refuse_connection(self) -> None:
+        self.refused_connections += 1
+        if not self._full:  # said once each time that it comes to this
+            _log.warn("{most} connections are open, the most there may be: more are closed at once", most=len(self._channels))
+        self._full = True
 
     def closed(self, channel: Channel) -> None:
         """A channel's connection is gone."""
