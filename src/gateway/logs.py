@@ -5,12 +5,16 @@ A line never holds a prompt, an answer or a key: the record it is made of has no
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, formatEvent
+from twisted.python.logfile import LogFile
 from zope.interface import implementer
 
 from .core.record import Record
@@ -19,7 +23,8 @@ MAX_TEXT: Final = 8 * 1024
 """Characters of a message or a traceback that a line keeps."""
 
 Format = Literal["text", "json"]
-_log = Logger("gateway.access")
+_log: Final = Logger("gateway.access")
+_file_log: Final = Logger("gateway.logs")
 
 
 class Fields(dict[str, Any]):
@@ -76,19 +81,57 @@ def access_log(record: Record) -> None:
     _log.emit(level, "{access}", access=access_fields(record))
 
 
+class StandardOutput:
+    """The process's own; twistd soon puts a file that logs in its place."""
+
+    def __init__(self) -> None:
+        self._file = sys.stdout
+
+    def __call__(self, line: str) -> None:
+        self._file.write(line)
+        self._file.flush()
+
+
+class RotatedFile:
+    """A log file that begins anew at ``size`` bytes, and when told to; ``count`` old ones are kept.
+
+    Each has the mode that the umask at the start gives it: a daemon's own is 077. Raises OSError.
+    """
+
+    def __init__(self, path: Path, size: int, count: int) -> None:
+        umask = os.umask(0)
+        os.umask(umask)
+        place = path.absolute()
+        self._file = LogFile(
+            place.name, str(place.parent), defaultMode=0o666 & ~umask, rotateLength=size, maxRotatedFiles=count
+        )
+
+    def __call__(self, line: str) -> None:
+        self._file.write(line)
+
+    def rotate(self) -> None:
+        """Begin a new file; the one before keeps its lines under another name, given by us or by logrotate."""
+        if not Path(self._file.path).exists():
+            self._file.reopen()
+        elif os.access(self._file.directory, os.W_OK):
+            self._file.rotate()
+        else:
+            _file_log.warn("the log's directory {directory} cannot be written to", directory=self._file.directory)
+
+
 @implementer(ILogObserver)
 class LineObserver:
     """Writes each event as one line. ``write`` takes a line with its newline."""
 
     def __init__(self, write: Callable[[str], object], style: Format) -> None:
-        self._write = write
+        self.write = write
         self._line = _json_line if style == "json" else _text_line
 
     def __call__(self, event: LogEvent) -> None:
         time = datetime.fromtimestamp(event.get("log_time", 0.0), UTC).isoformat("T", "milliseconds")
         level: Any = event.get("log_level") or LogLevel.info
         namespace = event.get("log_namespace") or "-"
-        self._write(self._line(time.replace("+00:00", "Z"), level.name, str(namespace), event))
+        self.write(self._line(time.replace("+00:00", "Z"), level.name, str(namespace), event))
 
 
 def _json_line(time: str, level: str, namespace: str, event: LogEvent) -> str:

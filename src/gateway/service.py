@@ -23,7 +23,6 @@ from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import ILogObserver, Logger
 from twisted.python import usage
-from twisted.python.logfile import LogFile
 
 from . import __version__
 from .app import App
@@ -34,7 +33,7 @@ from .dispatch import Dispatcher
 from .echo import EchoBackend
 from .exchange import Timeouts
 from .inference import Inference
-from .logs import LineObserver, access_log
+from .logs import LineObserver, RotatedFile, StandardOutput, access_log
 from .metrics import Metrics
 from .net.agent import BackendClient, make_agent
 from .net.agent import Pool as ConnectionPool
@@ -156,57 +155,18 @@ def _observer(twistd: Any, settings: Settings) -> LineObserver | None:
     if path == "-":
         if not twistd.get("nodaemon"):
             _exit("a daemon cannot log to standard output: give twistd --logfile a path, or -n")
-        return LineObserver(_StandardOutput(), settings.log_format)
-    place = Path(path).absolute()
-    umask = os.umask(0)
-    os.umask(umask)
+        return LineObserver(StandardOutput(), settings.log_format)
     try:
-        file = LogFile(
-            place.name,
-            str(place.parent),
-            rotateLength=settings.log_file_size,
-            maxRotatedFiles=settings.log_files,
-            defaultMode=0o666 & ~umask,  # as the operator's umask has it, not the daemon's, also after a rotation
-        )
+        file = RotatedFile(Path(path), settings.log_file_size, settings.log_files)
     except OSError as problem:
         _exit(f"cannot write the log file {path}: {problem.strerror}")
-    return LineObserver(_LogWriter(file), settings.log_format)
+    return LineObserver(file, settings.log_format)
 
 
 def _check_pidfile(path: str | None) -> None:
     """twistd itself would find out only as a daemon."""
     if path and not os.access(Path(path).absolute().parent, os.W_OK):
         _exit(f"cannot write the pidfile {path} (twistd --pidfile)")
-
-
-class _StandardOutput:
-    """The process's own; twistd soon puts a file that logs in its place."""
-
-    def __init__(self) -> None:
-        self._file = sys.stdout
-
-    def __call__(self, line: str) -> None:
-        self._file.write(line)
-        self._file.flush()
-
-
-class _LogWriter:
-    """A log file that is rotated at its size, and by SIGUSR1."""
-
-    def __init__(self, file: LogFile) -> None:
-        self._file = file
-
-    def __call__(self, line: str) -> None:
-        self._file.write(line)
-
-    def rotate(self) -> None:
-        """Begin a new file; the one before keeps its lines under another name, given by us or by logrotate."""
-        if not Path(self._file.path).exists():
-            self._file.reopen()
-        elif os.access(self._file.directory, os.W_OK):
-            self._file.rotate()
-        else:
-            _log.warn("SIGUSR1: the log's directory {directory} cannot be written to", directory=self._file.directory)
 
 
 class Gateway(Service):
@@ -295,8 +255,8 @@ class Gateway(Service):
         on(signal.SIGINT, self._stop)
         # Hanging up ends a program at its terminal, and is for a daemon a word about its settings.
         on(signal.SIGHUP, self._stop if sys.stdin is not None and sys.stdin.isatty() else self._nothing_to_reload)
-        write = getattr(self._observer, "_write", None)
-        on(signal.SIGUSR1, write.rotate if isinstance(write, _LogWriter) else self._nothing_to_rotate)
+        write = self._observer.write if self._observer is not None else None
+        on(signal.SIGUSR1, write.rotate if isinstance(write, RotatedFile) else self._nothing_to_rotate)
 
     def _nothing_to_reload(self) -> None:
         _log.warn("SIGHUP: settings are read at the start; restart to change them")
