@@ -114,9 +114,14 @@ class Running:
             with error:
                 return error.code, json.load(error)
 
-    def connect(self) -> socket.socket:
-        """A raw connection."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+    def connect(self, receive_buffer: int = 0) -> socket.socket:
+        """A raw connection; with a small ``receive_buffer`` (bytes) the gateway feels soon that its client does not read."""
+        client = socket.socket()
+        if receive_buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.settimeout(PATIENCE)
+        client.connect(("127.0.0.1", self.port))
+        return client
 
 
 def free_port() -> int:

@@ -322,10 +322,7 @@ def test_an_answer_that_is_still_leaving_gets_the_grace_time_too(tmp_path: Path)
     def script(connection: Connection, _: Request) -> None:
         connection.answer(completion(content))
 
-    with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url) as gateway, socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        client.settimeout(PATIENCE)
-        client.connect(("127.0.0.1", gateway.port))
+    with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url) as gateway, gateway.connect(65536) as client:
         client.sendall(raw_post(HELLO))
         data = bytearray(client.recv(1000))
         gateway.process.send_signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from .backends import Connection, backend, completion, event
-from .processes import PATIENCE, Running, free_port, wait_for
+from .processes import Running, free_port, wait_for
 
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 STREAM = {**HELLO, "stream": True}
@@ -312,10 +312,7 @@ def test_a_long_answer_reaches_a_slow_reader_whole(tmp_path: Path) -> None:
     def script(connection: Connection, _: Request) -> None:
         connection.answer(completion(content))
 
-    with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url) as gateway, socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        client.settimeout(PATIENCE)
-        client.connect(("127.0.0.1", gateway.port))
+    with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url) as gateway, gateway.connect(65536) as client:
         client.sendall(raw_post(HELLO).replace(b"Host: g", b"Host: g\r\nConnection: close"))
         data = bytearray()
         while more := client.recv(100_000):
