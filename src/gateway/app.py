@@ -17,7 +17,7 @@ from werkzeug.routing import PathConverter
 
 from .backend import Answer, Backend
 from .core import wire
-from .core.errors import GatewayError
+from .core.errors import GatewayError, internal_error
 from .core.record import Record
 from .core.status import Status
 from .inference import Inference
@@ -176,7 +176,7 @@ class App:
             _fail(request, record, error)
         except Exception:
             _log.failure("{id}: a bug in the gateway", id=record.request_id)
-            _fail(request, record, GatewayError("internal_error", "The gateway failed; its log has the request id."))
+            _fail(request, record, internal_error())
         finally:
             self._observe(record)
 

@@ -17,7 +17,7 @@ from zope.interface import implementer
 
 from .backend import Answer, Stream
 from .core import sse
-from .core.errors import BackendFailed, GatewayError
+from .core.errors import BackendFailed, GatewayError, internal_error
 from .core.record import Record
 from .core.usage import UsageMeter
 
@@ -112,7 +112,7 @@ async def _stream(stream: Stream, request: Request, record: Record, now: Callabl
         failure = None if watch.done else problem
     except Exception:
         _log.failure("{id}: a bug in the relay", id=record.request_id)
-        failure = GatewayError("internal_error", "The gateway failed; its log has the request id.")
+        failure = internal_error()
     finally:
         watch.note()
         if connected(request):

@@ -132,8 +132,9 @@ def _listen(host: str, port: int) -> socket.socket:
         both = address[0] == "::" and socket.has_dualstack_ipv6()
         listening = socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as problem:
-        known = problem.errno is not None and problem.errno > 0 and not isinstance(problem, socket.gaierror)
-        why = os.strerror(problem.errno or 0) if known else problem.strerror or problem
+        # create_server puts the address into strerror, which this line already names; a look-up has words of its own.
+        own_words = isinstance(problem, socket.gaierror)
+        why = os.strerror(problem.errno) if problem.errno and not own_words else problem.strerror or problem
         _exit(f"cannot listen on {host} port {port} (--host, --port): {why}")
     listening.setblocking(False)
     return listening

@@ -103,6 +103,11 @@ class GatewayError(Exception):
         return found
 
 
+def internal_error() -> GatewayError:
+    """What is told of a bug: nothing of it, but where to look."""
+    return GatewayError("internal_error", "The gateway failed; its log has the request id.")
+
+
 class BackendFailed(GatewayError):
     """A backend did not give a whole, well-formed answer in time.
 
