@@ -35,8 +35,7 @@ from .exchange import Timeouts
 from .inference import Inference
 from .logs import LineObserver, RotatedFile, StandardOutput, access_log
 from .metrics import Metrics
-from .net.agent import BackendClient, make_agent
-from .net.agent import Pool as ConnectionPool
+from .net.agent import Agent, BackendClient
 from .net.channel import Limits
 from .net.server import Server
 from .pool import Pool
@@ -185,7 +184,7 @@ class Gateway(Service):
         self._port: IListeningPort | None = None
         self._stopping = False
         self._hurry: Deferred[None] = Deferred()
-        self._connections: ConnectionPool | None = None
+        self._agent: Agent | None = None
         self.backend = self._make_backend()
         self.dispatcher = Dispatcher(self.backend)
         self.pool = Pool(self.backend, reactor, settings.probe_interval)
@@ -200,11 +199,11 @@ class Gateway(Service):
         settings = self._settings
         if settings.backend_url is None:
             return EchoBackend(self._reactor, time.time)
-        agent, self._connections = make_agent(self._reactor, settings.connect_timeout)
+        self._agent = Agent(self._reactor, settings.connect_timeout)
         return HTTPBackend(
             urlsplit(settings.backend_url).netloc,
             settings.backend_url,
-            BackendClient(agent),
+            BackendClient(self._agent),
             self._reactor,
             Timeouts(settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout),
             kind=None if settings.backend_kind == "auto" else settings.backend_kind,
@@ -298,8 +297,8 @@ class Gateway(Service):
         await self._first_of(FLUSH_SECONDS, drained)
         self.server.abort()
         self.pool.stopService()
-        if self._connections is not None:
-            await self._connections.closeCachedConnections()
+        if self._agent is not None:
+            self._agent.close()
         super().stopService()
         _log.info("stopped")
 

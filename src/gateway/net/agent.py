@@ -1,35 +1,30 @@
-"""The client's side of a connection: how the gateway calls a backend.
+"""How the gateway calls a backend.
 
-treq is the way to call; what it stands on is made for one origin and many tenants: no cookie jar,
-no redirects, no content decoding, kept-alive connections that are looked at before they are used
-again, and headers of bounded size.
+treq is the way to call; what it stands on here is made for model servers and many tenants: no cookie
+jar, no redirects, no content decoding, kept-alive connections that are looked at before they are used
+again, literal addresses without a name look-up, and headers of bounded size.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import socket
-from collections.abc import Callable, Hashable
 from typing import Any, Final
 
 from hyperlink import DecodedURL, EncodedURL
 from treq.client import HTTPClient
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
 from twisted.internet.interfaces import IStreamClientEndpoint
-from twisted.python.failure import Failure
-from twisted.web._newclient import (
-    BODY,
-    HTTP11ClientProtocol,
-    ParseError,
-    RequestNotSent,
-    RequestTransmissionFailed,
-    ResponseNeverReceived,
-)
-from twisted.web.client import URI, Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool, _HTTP11ClientFactory
+from twisted.internet.protocol import Factory
+from twisted.web.client import URI, BrowserLikePolicyForHTTPS
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer, IResponse
+from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
+
+from .connection import Asked, Connection, Pending
+from .deadlines import Deadlines
+from .headers import RawHeaders, pairs_of
 
 MAX_IDLE_CONNECTIONS: Final = 256
 """Kept-alive connections to one backend that wait for use."""
@@ -40,7 +35,8 @@ IDLE_SECONDS: Final = 4.0
 STALE_SECONDS: Final = 1.0
 """A connection that the server had closed before our request shows it within a round trip."""
 
-MAX_RESPONSE_HEADER_BYTES: Final = 64 * 1024
+MAX_TARGETS: Final = 1024
+"""URLs that are remembered in parsed form."""
 
 
 @implementer(IBodyProducer)
@@ -87,91 +83,156 @@ class BackendClient(HTTPClient):
         return self._agent.request(method.encode("ascii"), target, headers, body)
 
 
-class _Connection(HTTP11ClientProtocol):
-    """A connection whose response headers are bounded; twisted.web takes any number of them."""
+class _Origin:
+    """A scheme, host and port: how to connect to it, and the connections to it that wait for use, newest last."""
 
-    transport: Any
-    _header_bytes = 0
-
-    def request(self, request: Any) -> Deferred[IResponse]:
-        self._header_bytes = 0
-        return super().request(request)
-
-    def dataReceived(self, data: bytes) -> None:
-        if self._parser is None:  # bytes that nobody asked for: what follows would be out of step
-            self.transport.abortConnection()
-            return
-        if self._parser.state != BODY:
-            self._header_bytes += len(data)
-            if self._header_bytes > MAX_RESPONSE_HEADER_BYTES and b"\r\n\r\n" not in data:
-                self._giveUp(Failure(ParseError("response headers too large", b"")))
-                return
-        super().dataReceived(data)
+    def __init__(self, endpoint: IStreamClientEndpoint) -> None:
+        self.endpoint = endpoint
+        self.idle: list[Connection] = []
 
 
-class _Factory(_HTTP11ClientFactory):
-    noisy = False
+class _Target:
+    """A URL, once parsed."""
 
-    def buildProtocol(self, addr: object) -> _Connection:
-        return _Connection(self._quiescentCallback)
+    def __init__(self, uri: URI, origin: _Origin) -> None:
+        self.origin = origin
+        host = uri.netloc.rpartition(b"@")[2]
+        self.host = b"host: %b\r\n" % host
+        self.line = b" %b HTTP/1.1\r\n" % uri.originForm
 
 
-class _Reused:
-    """A kept-alive connection in use again: if it proves dead before a byte of an answer came, a fresh one is tried, once.
+@implementer(IAgent)
+class Agent:
+    """An agent with a pool of connections for each origin.
 
-    A server may close an idle connection just as a request is on its way (RFC 9112 section 9.3.1); our
-    bodies are whole in memory, so the request can be sent again. A connection that breaks later was not
-    stale: the server had the request, and may have died of it.
+    A kept-alive connection is used newest first, and not without a look at its socket. If it proves dead
+    before a byte of a response has come, a fresh one is tried, once: a server may close an idle connection
+    just as a request is on its way (RFC 9112 section 9.3.1). A connection that breaks later was not stale:
+    the server had the request, and may have died of it.
     """
 
-    def __init__(
-        self,
-        connection: HTTP11ClientProtocol,
-        connect: Callable[[], Deferred[HTTP11ClientProtocol]],
-        now: Callable[[], float],
-    ) -> None:
-        self._connection = connection
-        self._connect = connect
-        self._now = now
+    def __init__(self, reactor: Any, connect_timeout: float) -> None:
+        self._reactor = reactor
+        self._now = reactor.seconds
+        self._timeout = connect_timeout
+        self._policy = BrowserLikePolicyForHTTPS()
+        self._origins: dict[tuple[bytes, bytes, int], _Origin] = {}
+        self._targets: dict[bytes, _Target] = {}
+        self._waiting: Deadlines[Connection] = Deadlines(reactor, IDLE_SECONDS, self._close)
 
-    def request(self, request: Any) -> Deferred[IResponse]:
-        started = self._now()
-
-        def failed(failure: Failure) -> Any:
-            if self._now() - started > STALE_SECONDS or not _was_stale(failure):
-                return failure
-            return self._connect().addCallback(lambda fresh: fresh.request(request))
-
-        requested: Deferred[IResponse] = self._connection.request(request)
-        return requested.addErrback(failed)
-
-
-def _was_stale(failure: Failure) -> bool:
-    if failure.check(RequestNotSent):
-        return True
-    lost = failure.value
-    if not isinstance(lost, RequestTransmissionFailed | ResponseNeverReceived):
-        return False
-    return not any(reason.check(CancelledError, ParseError) for reason in lost.reasons)
-
-
-class Pool(HTTPConnectionPool):
-    """Kept-alive connections, the freshest first, none of them used before a look at its socket."""
-
-    maxPersistentPerHost = MAX_IDLE_CONNECTIONS
-    cachedConnectionTimeout: float = IDLE_SECONDS  # type: ignore[assignment]  # any number of seconds will do
-    _factory = _Factory
-
-    def getConnection(self, key: Hashable, endpoint: IStreamClientEndpoint) -> Deferred[Any]:
-        idle = self._connections.get(key)
+    def request(
+        self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
+    ) -> Deferred[IResponse]:
+        target = self._targets.get(uri) or self._target(uri)
+        body = bodyProducer.body if isinstance(bodyProducer, BytesBody) else None
+        head = _head(method, target, headers, bodyProducer)
+        pending = Pending(Asked(method, uri, headers), head, body, bodyProducer if body is None else None)
+        idle = target.origin.idle
         while idle:
             connection = idle.pop()
-            self._timeouts.pop(connection).cancel()
-            if connection.state == "QUIESCENT":
-                if _is_quiet(connection.transport):
-                    return succeed(_Reused(connection, lambda: self._newConnection(key, endpoint), self._reactor.seconds))
-                connection.transport.abortConnection()
-        return self._newConnection(key, endpoint)
+            self._waiting.stop(connection)
+            if not _is_quiet(connection.transport):
+                connection.abort()
+                continue
+            if pending.producer is None:
+                self._allow_retry(pending, target.origin)
+            connection.send(pending)
+            break
+        else:
+            self._connect(pending, target.origin)
+        return pending.response  # type: ignore[return-value]  # Deferred is not covariant
+
+    def _allow_retry(self, pending: Pending, origin: _Origin) -> None:
+        until = self._now() + STALE_SECONDS
+
+        def retry(pending: Pending) -> bool:
+            pending.retry = pending.connection = None
+            if self._now() > until:
+                return False
+            self._connect(pending, origin)
+            return True
+
+        pending.retry = retry
+
+    # --- connections
+
+    def _connect(self, pending: Pending, origin: _Origin) -> None:
+        factory = Factory.forProtocol(lambda: Connection(lambda free: self._keep(origin, free), lambda lost: self._forget(origin, lost)))
+        pending.connecting = connecting = origin.endpoint.connect(factory)
+
+        def connected(connection: Connection) -> None:
+            pending.connecting = None
+            transport = connection.transport
+            if getattr(transport, "protocol", connection) is not connection:
+                transport.protocol = connection  # the endpoint's wrapper has done its work
+            connection.send(pending)
+
+        connecting.addCallbacks(connected, pending.failed)
+
+    def _keep(self, origin: _Origin, connection: Connection) -> None:
+        if len(origin.idle) < MAX_IDLE_CONNECTIONS:
+            origin.idle.append(connection)
+            self._waiting.start(connection)
+        else:
+            connection.transport.loseConnection()
+
+    def _forget(self, origin: _Origin, connection: Connection) -> None:
+        self._waiting.stop(connection)
+        if connection in origin.idle:
+            origin.idle.remove(connection)
+
+    def _close(self, connection: Connection) -> None:
+        for origin in self._origins.values():
+            if connection in origin.idle:
+                origin.idle.remove(connection)
+        connection.transport.loseConnection()
+
+    def close(self) -> None:
+        """Close the connections that wait for use."""
+        for origin in self._origins.values():
+            for connection in origin.idle:
+                self._waiting.stop(connection)
+                connection.transport.loseConnection()
+            origin.idle.clear()
+
+    # --- where to
+
+    def _target(self, url: bytes) -> _Target:
+        uri = URI.fromBytes(url)
+        key = (uri.scheme, uri.host, uri.port)
+        origin = self._origins.get(key)
+        if origin is None:
+            origin = self._origins[key] = _Origin(self._endpoint(uri))
+        if len(self._targets) >= MAX_TARGETS:
+            self._targets.clear()
+        self._targets[url] = target = _Target(uri, origin)
+        return target
+
+    def _endpoint(self, uri: URI) -> IStreamClientEndpoint:
+        """A literal address needs no name look-up and no happy eyeballs (0.3 s when refused)."""
+        host = uri.host.decode("ascii")
+        endpoint: IStreamClientEndpoint
+        try:
+            literal = TCP4ClientEndpoint if ipaddress.ip_address(host).version == 4 else TCP6ClientEndpoint
+            endpoint = literal(self._reactor, host, uri.port, timeout=self._timeout)
+        except ValueError:
+            endpoint = HostnameEndpoint(self._reactor, uri.host, uri.port, timeout=self._timeout)
+        if uri.scheme == b"https":
+            endpoint = wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
+        return endpoint
+
+
+def _head(method: bytes, target: _Target, headers: Headers | None, producer: IBodyProducer | None) -> bytes:
+    pairs = pairs_of(headers) if headers is not None else []
+    lines = [method, target.line]
+    if headers is None or not (b"host" in headers.last if isinstance(headers, RawHeaders) else headers.hasHeader(b"host")):
+        lines.append(target.host)
+    lines += [b"%b: %b\r\n" % pair for pair in pairs]
+    if producer is not None:
+        unknown = producer.length is UNKNOWN_LENGTH
+        lines.append(b"transfer-encoding: chunked\r\n" if unknown else b"content-length: %d\r\n" % producer.length)
+    lines.append(b"\r\n")
+    return b"".join(lines)
 
 
 def _is_quiet(transport: Any) -> bool:
@@ -186,37 +247,3 @@ def _is_quiet(transport: Any) -> bool:
     except OSError:
         return False
     return False
-
-
-@implementer(IAgentEndpointFactory)
-class _Endpoints:
-    """One endpoint an origin. A literal address needs no name look-up and no happy eyeballs (0.3 s when refused)."""
-
-    def __init__(self, reactor: Any, connect_timeout: float) -> None:
-        self._reactor = reactor
-        self._timeout = connect_timeout
-        self._policy = BrowserLikePolicyForHTTPS()
-        self._made: dict[tuple[bytes, bytes, int], IStreamClientEndpoint] = {}
-
-    def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        key = (uri.scheme, uri.host, uri.port)
-        if key not in self._made:
-            endpoint = self._connecting(uri.host.decode("ascii"), uri.port)
-            if uri.scheme == b"https":
-                endpoint = wrapClientTLS(self._policy.creatorForNetloc(uri.host, uri.port), endpoint)
-            self._made[key] = endpoint
-        return self._made[key]
-
-    def _connecting(self, host: str, port: int) -> IStreamClientEndpoint:
-        try:
-            version = ipaddress.ip_address(host).version
-        except ValueError:
-            return HostnameEndpoint(self._reactor, host.encode("ascii"), port, timeout=self._timeout)
-        kind = TCP4ClientEndpoint if version == 4 else TCP6ClientEndpoint
-        return kind(self._reactor, host, port, timeout=self._timeout)
-
-
-def make_agent(reactor: Any, connect_timeout: float) -> tuple[IAgent, Pool]:
-    """An agent for backends, and its pool, whose connections the caller closes at the end."""
-    pool = Pool(reactor)
-    return Agent.usingEndpointFactory(reactor, _Endpoints(reactor, connect_timeout), pool), pool

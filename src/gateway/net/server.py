@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.logger import Logger
+from twisted.web.http import datetimeToString
 from twisted.web.resource import IResource
 from twisted.web.server import Site
 
-from .channel import Channel, Limits, OnRefused, Request
+from .channel import Channel, Limits, OnRefused
+from .deadlines import Deadlines
+from .reader import Known
 
 _log: Final = Logger("gateway.net")
 
 
 class Server(Site):
-    """Listens for clients: makes their channels, knows how many there are, and drains them."""
+    """Listens for clients: makes their channels, knows how many there are, and drains them.
+
+    ``known`` answers requests of which method and path are among its keys; all others go to ``resource``.
+    """
 
     noisy = False
 
-    def __init__(self, resource: IResource, limits: Limits, clock: IReactorTime, on_refused: OnRefused) -> None:
-        super().__init__(
-            resource,
-            requestFactory=Request,
-            timeout=limits.client_timeout,
-            reactor=clock,
-            parsePOSTFormSubmission=False,
-        )
+    def __init__(
+        self, resource: IResource, limits: Limits, clock: IReactorTime, on_refused: OnRefused, known: Known | None = None
+    ) -> None:
+        super().__init__(resource, reactor=clock)
         self.limits = limits
+        self.known = known or {}
+        self.idle: Deadlines[Channel] = Deadlines(clock, limits.client_timeout, Channel.timeoutConnection)
         self.clock = clock
         self.on_refused = on_refused
         self.draining = False
         self.refused_connections = 0
         self._full = False
+        self._date = (0, b"")
         self._channels: set[Channel] = set()
         self._empty: Deferred[None] | None = None
 
@@ -41,17 +47,21 @@ class Server(Site):
     def connections(self) -> int:
         return len(self._channels)
 
+    @property
+    def date_line(self) -> bytes:
+        """The Date header with its line's end, made once a second."""
+        second = int(time.time())
+        if second != self._date[0]:
+            self._date = (second, b"date: %b\r\n" % datetimeToString(second))
+        return self._date[1]
+
     def buildProtocol(self, addr: IAddress | None) -> Channel | None:  # type: ignore[override]
         """A channel for this client, or None, which closes the connection at once, if there are too many."""
         if len(self._channels) >= self.limits.max_connections:
             self._refuse_connection()
             return None
         self._full = False
-        channel = Channel()
-        channel.factory = channel.site = self
-        channel.requestFactory = self.requestFactory
-        channel.timeOut = self.limits.client_timeout  # type: ignore[assignment]  # any number of seconds will do
-        channel.callLater = self.clock.callLater
+        channel = Channel(self)
         self._channels.add(channel)
         return channel
 

@@ -1,0 +1,123 @@
+"""The reactor that the gateway runs on: Twisted's epoll reactor, with what a relay pays for at every event taken out.
+
+- What is written goes to the socket at once; only what the kernel does not take waits for the next turn.
+  (Twisted's own transports write in the next turn, at the price of two calls of epoll_ctl for each.)
+- An event goes straight to the transport's ``doRead``, without a logging context around it.
+- Time is monotonic: a wall clock that is set back would stop every timer.
+
+Everything works on any other reactor too (``twistd --reactor``), only slower.
+"""
+
+from __future__ import annotations
+
+import select
+import sys
+import time
+from typing import Any, Final
+
+from twisted.internet import tcp
+from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST, installReactor
+from twisted.python import log
+
+READ_SIZE: Final = 64 * 1024
+
+
+class _Eager(tcp.Connection):
+    """A TCP transport that writes at once."""
+
+    def write(self, data: bytes) -> None:
+        if (
+            self.dataBuffer
+            or self._tempDataBuffer
+            or not self.connected
+            or self._writeDisconnected
+            or self.TLS
+            or (self.producer is not None and not self.streamingProducer)  # a pull producer is asked for more by doWrite
+        ):
+            super().write(data)
+            return
+        try:
+            sent = self.socket.send(data)
+        except OSError:
+            sent = 0  # full, or lost: doWrite will see it again, and knows what to do
+        if sent < len(data):
+            super().write(data[sent:] if sent else data)
+
+    def doRead(self) -> Exception | None:  # type: ignore[override]  # twisted knows two exceptions
+        try:
+            data = self.socket.recv(READ_SIZE)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return CONNECTION_LOST
+        if not data:
+            return CONNECTION_DONE
+        self.protocol.dataReceived(data)
+        return None
+
+
+class _Server(_Eager, tcp.Server):
+    """A client's connection."""
+
+
+class _Client(_Eager, tcp.Client):
+    """A connection to a backend."""
+
+
+class _Port(tcp.Port):
+    transport = _Server
+
+
+class _Connector(tcp.Connector):
+    def _makeTransport(self) -> _Client:
+        return _Client(self.host, self.port, self.bindAddress, self, self.reactor)
+
+
+class Reactor(EPollReactor):
+    """See the module."""
+
+    seconds = staticmethod(time.monotonic)
+
+    def doPoll(self, timeout: float | None) -> None:
+        selectables = self._selectables
+        events = self._poller.poll(-1 if timeout is None else timeout, max(len(selectables), 1))
+        for fd, event in events:
+            selectable = selectables.get(fd)
+            if selectable is None:
+                continue
+            if event != select.EPOLLIN:
+                log.callWithLogger(selectable, self._doReadOrWrite, selectable, fd, event)
+                continue
+            try:
+                why = selectable.doRead()
+            except BaseException:
+                why = sys.exc_info()[1]
+                log.err()
+            if why:
+                self._disconnectSelectable(selectable, why, True)
+
+    doIteration = doPoll
+
+    def listenTCP(self, port: int, factory: Any, backlog: int = 50, interface: str = "") -> tcp.Port:
+        made = _Port(port, factory, backlog, interface, self)
+        made.startListening()
+        return made
+
+    def adoptStreamPort(self, fileDescriptor: int, addressFamily: int, factory: Any) -> tcp.Port:
+        made: tcp.Port = _Port._fromListeningDescriptor(self, fileDescriptor, addressFamily, factory)
+        made.startListening()
+        return made
+
+    def connectTCP(
+        self, host: str, port: int, factory: Any, timeout: float = 30, bindAddress: Any = None
+    ) -> tcp.Connector:
+        connector = _Connector(host, port, factory, timeout, bindAddress, self)
+        connector.connect()
+        return connector
+
+
+def install() -> None:
+    """Make this the process's reactor, unless there is one already."""
+    if "twisted.internet.reactor" not in sys.modules:
+        installReactor(Reactor())
