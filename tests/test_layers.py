@@ -23,6 +23,7 @@ LOW_TO_HIGH = [
     "logs",
     "app",
     "service",
+    "command",
 ]
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
+from random import getrandbits
 from typing import Any, Final
 
 from klein import Klein
@@ -23,6 +23,7 @@ from .core.status import Status
 from .inference import Inference
 from .metrics import Metrics
 from .net.channel import Refusal
+from .net.request import Handle
 from .relay import connected, cut, relay
 
 _log: Final = Logger("gateway.app")
@@ -66,11 +67,20 @@ class App:
         self._metrics = metrics
         self._observers = observers
         self._now = now
-        self._running: set[Deferred[None]] = set()
+        self._running: dict[Record, Deferred[None]] = {}
         self._finished: Deferred[None] | None = None
 
     def resource(self) -> IResource:
         return self.router.resource()
+
+    def known(self) -> dict[tuple[bytes, bytes], Handle]:
+        """What answers each (method, path) whose route has no variable: such a request needs no router."""
+        found: dict[tuple[bytes, bytes], Handle] = {}
+        for rule in self.router.url_map.iter_rules():
+            if not rule.arguments:
+                answer: Handle = getattr(self, rule.endpoint)  # Klein names an endpoint after its method
+                found |= {(method.encode("ascii"), rule.rule.encode("ascii")): answer for method in rule.methods or ()}
+        return found
 
     # --- routes
 
@@ -148,8 +158,7 @@ class App:
         record = self._begin(request, route)
         running = ensureDeferred(self._answered(request, record, work))
         if not running.called:
-            self._running.add(running)
-            running.addBoth(self._ran, running)
+            self._running[record] = running
         return running
 
     def _begin(self, request: Request, route: str) -> Record:
@@ -160,7 +169,7 @@ class App:
         return record
 
     def _record(self, given_id: bytes | None, method: str, route: str, client: str) -> Record:
-        request_id = wire.accepted_request_id(given_id) or str(uuid.uuid4())
+        request_id = wire.accepted_request_id(given_id) or _new_request_id()
         return Record(request_id, method[:20], route, self._now(), client)
 
     async def _answered(self, request: Request, record: Record, work: Work) -> None:
@@ -179,6 +188,7 @@ class App:
             _fail(request, record, internal_error())
         finally:
             self._observe(record)
+            self._ran(record)
 
     def _observe(self, record: Record) -> None:
         record.ended = self._now()
@@ -198,12 +208,11 @@ class App:
 
     # --- the end
 
-    def _ran(self, result: Any, running: Deferred[None]) -> Any:
-        self._running.discard(running)
+    def _ran(self, record: Record) -> None:
+        self._running.pop(record, None)
         if not self._running and self._finished is not None:
             finished, self._finished = self._finished, None
             finished.callback(None)
-        return result
 
     def finished(self) -> Deferred[None]:
         """Fires when no request is running."""
@@ -215,10 +224,17 @@ class App:
 
     def cut(self) -> int:
         """End the requests that still run, each with an error its client can read; how many there were."""
-        left = list(self._running)
+        left = list(self._running.values())
         for running in left:
             running.cancel()
         return len(left)
+
+
+def _new_request_id() -> str:
+    """A random UUID (RFC 9562, version 4). It names a request and guards nothing, so the generator may be a quick one."""
+    digits = f"{getrandbits(128):032x}"
+    variant = "89ab"[int(digits[16], 16) & 3]
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-{variant}{digits[17:20]}-{digits[20:]}"
 
 
 def _no_route(request: Request, problem: BaseException | None) -> GatewayError:

@@ -18,7 +18,8 @@ from twisted.web.http_headers import Headers
 from .core import assembly, sse, usage, wire
 from .core.errors import UNDECODABLE, BackendFailed
 from .core.usage import Usage
-from .exchange import Exchange, Receive, Timeouts
+from .exchange import Exchange, Receive, Timeouts, Timers
+from .net.headers import RawHeaders
 
 Kind = Literal["llamacpp", "openai", "echo"]
 
@@ -103,8 +104,8 @@ class HTTPBackend:
         self._detect = kind is None
         self._url = url.encode("ascii")
         self._client = client
-        self._clock = clock
-        self._timeouts = timeouts
+        self._timers = Timers(clock, timeouts)
+        self._probe_timers = Timers(clock, PROBE_TIMEOUTS)
         self._authorization = f"Bearer {api_key}".encode("ascii") if api_key else None
         self._stream_usage = stream_usage
         self._max_answer = max_answer
@@ -115,14 +116,12 @@ class HTTPBackend:
         assemble = self.kind == "llamacpp" and not call.stream
         ask_usage = self.kind != "llamacpp" and call.stream and self._stream_usage and not call.include_usage
         body = wire.as_stream(call.body) if assemble else wire.with_usage(call.body) if ask_usage else call.body
-        exchange = Exchange(self._client, self._clock, self._timeouts)
+        exchange = Exchange(self._client, self._timers, self._max_answer)
         exchange.usage_added = ask_usage
-        headers = self._headers(call.headers)
-        headers.setRawHeaders(b"content-type", [b"application/json"])
-        headers.setRawHeaders(b"x-request-id", [call.request_id.encode("ascii")])
-        await exchange.open("POST", self._url + call.path.encode("ascii"), headers, body)
+        own = [(b"content-type", b"application/json"), (b"x-request-id", call.request_id.encode("ascii"))]
+        await exchange.open("POST", self._url + call.path.encode("ascii"), self._headers([*call.headers, *own]), body)
         if not exchange.is_event_stream or not 200 <= exchange.status < 300:
-            return _judged(await self._whole(exchange))
+            return _judged(Answer(exchange.status, exchange.headers, await exchange.content()))
         if assemble:
             return await _assembled(exchange, self._max_answer)
         return exchange
@@ -142,12 +141,9 @@ class HTTPBackend:
 
     async def _list_models(self, headers: list[tuple[bytes, bytes]]) -> tuple[Answer, bytes]:
         """The answer as it is, and what the server calls itself."""
-        exchange = Exchange(self._client, self._clock, PROBE_TIMEOUTS)
+        exchange = Exchange(self._client, self._probe_timers, self._max_answer)
         await exchange.open("GET", self._url + b"/v1/models", self._headers(headers), None)
-        return await self._whole(exchange), exchange.server
-
-    async def _whole(self, exchange: Exchange) -> Answer:
-        return Answer(exchange.status, exchange.headers, await exchange.content(self._max_answer))
+        return Answer(exchange.status, exchange.headers, await exchange.content()), exchange.server
 
     async def _identify(self) -> None:
         """Ask what the backend is before the first request; one that will not tell is a plain OpenAI server."""
@@ -159,13 +155,11 @@ class HTTPBackend:
             self.kind = self.kind or "openai"
 
     def _headers(self, given: list[tuple[bytes, bytes]]) -> Headers:
-        headers = Headers()
-        for name, value in given:
-            headers.addRawHeader(name, value)
-        headers.setRawHeaders(b"accept-encoding", [b"identity"])
+        own = [(b"accept-encoding", b"identity")]
         if self._authorization:
-            headers.setRawHeaders(b"authorization", [self._authorization])
-        return headers
+            given = [pair for pair in given if pair[0] != b"authorization"]
+            own.append((b"authorization", self._authorization))
+        return RawHeaders(given + own)
 
 
 def _judged(answer: Answer) -> Answer:

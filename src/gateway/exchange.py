@@ -9,7 +9,7 @@ from OpenSSL.SSL import Error as TLSError
 from treq.client import HTTPClient
 from twisted.internet import error, protocol
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.python.failure import Failure
 from twisted.web._newclient import ParseError, RequestGenerationFailed, RequestTransmissionFailed
 from twisted.web.client import ResponseDone, ResponseFailed, ResponseNeverReceived
@@ -20,6 +20,8 @@ from zope.interface import implementer
 
 from .core import wire
 from .core.errors import BackendFailed
+from .net.deadlines import Deadlines
+from .net.headers import last_of
 
 END_SECONDS: Final = 1.0
 """How long a backend may take to end the body after an answer's last event."""
@@ -42,12 +44,26 @@ _TIMED_OUT: Final = {
 }
 
 
+class Timers:
+    """The timers of one backend's exchanges, each kind in a table of its own."""
+
+    def __init__(self, clock: IReactorTime, timeouts: Timeouts) -> None:
+        def table(code: str, seconds: float) -> Deadlines[Exchange]:
+            return Deadlines(clock, seconds, lambda exchange: exchange.expire(code, seconds))
+
+        self.first_byte = table("first_byte_timeout", timeouts.first_byte)
+        self.idle = table("idle_timeout", timeouts.idle)
+        self.end = table("idle_timeout", min(END_SECONDS, timeouts.idle))
+        self.total = table("total_timeout", timeouts.total) if timeouts.total else None
+
+
 @implementer(IPushProducer)
 class Exchange(protocol.Protocol):
     """One request to a backend and its answer: owns its timers, its connection, and how it ended.
 
-    `open` waits for the first byte of the body, then the body is paused until `deliver` or `content`
-    takes it. Cancelling any of them closes the connection at once.
+    `open` waits for the whole body, or of an event stream for the first byte; then the stream is paused
+    until `deliver` takes it. Cancelling any of them closes the connection at once. A whole body may have
+    ``limit`` bytes.
     """
 
     transport: Any
@@ -57,85 +73,91 @@ class Exchange(protocol.Protocol):
     framed = True
     usage_added = False
     is_event_stream = False
+    _requested: Deferred[Any] | None = None
+    _waiting: Deferred[None] | None = None
+    _receive: Receive | None = None
+    _outcome: Failure | bool = False  # True: the body ended whole; a Failure: it did not
+    _paused = False
+    _silence: Deadlines[Exchange] | None = None  # the table that our timer is in
+    _size = 0
 
-    def __init__(self, client: HTTPClient, clock: IReactorTime, timeouts: Timeouts) -> None:
+    def __init__(self, client: HTTPClient, timers: Timers, limit: int) -> None:
         self._client = client
-        self._clock = clock
-        self._timeouts = timeouts
-        self._requested: Deferred[Any] | None = None
-        self._waiting: Deferred[None] | None = None
-        self._receive: Receive | None = None
-        self._early: list[bytes] = []
-        self._outcome: Failure | bool = False  # True: the body ended whole; a Failure: it did not
-        self._paused = False
-        self._silence: IDelayedCall | None = None
-        self._total: IDelayedCall | None = None
+        self._timers = timers
+        self._limit = limit
+        self._patience = timers.idle  # how long a silence within the body may be
+        self._body: list[bytes] = []
 
     # --- the three things to wait for
 
     def open(self, method: str, url: bytes, headers: Headers, body: bytes | None) -> Deferred[None]:
-        """Send the request; fires at the first byte of the answer's body, or at its end if it has none."""
-        times = self._timeouts
-        self._silence = self._clock.callLater(times.first_byte, self._expire, "first_byte_timeout", times.first_byte)
-        if times.total:
-            self._total = self._clock.callLater(times.total, self._expire, "total_timeout", times.total)
+        """Send the request; fires when the answer is whole, or a stream begun."""
+        self._wait_in(self._timers.first_byte)
+        if self._timers.total is not None:
+            self._timers.total.start(self)
         requested: Deferred[Any] = self._client.request(method, url, headers=headers, data=body)
         self._requested = requested
-        requested.addCallbacks(self._started, lambda failure: self._finish(Failure(_backend_failed(failure))))
+        requested.addCallbacks(self._started, self._not_answered)
         return self._wait()
 
     def deliver(self, receive: Receive) -> Deferred[None]:
-        """Push the body to ``receive`` as it comes; what it raises ends the exchange and fails the Deferred."""
+        """Push the stream to ``receive`` as it comes; what it raises ends the exchange and fails the Deferred."""
         self._receive = receive
-        early, self._early = self._early, []
+        early, self._body = self._body, []
         for data in early:
             self._take(data)
         if not self._paused:
             self.resumeProducing()
         return self._wait()
 
-    async def content(self, limit: int) -> bytes:
-        """The whole body, of at most ``limit`` bytes."""
-        chunks: list[bytes] = []
-        left = limit
+    async def content(self) -> bytes:
+        """The whole body."""
+        if self._receive is None:
+            await self.deliver(self._collect)
+        body = self._body
+        return body[0] if len(body) == 1 else b"".join(body)
 
-        def receive(data: bytes) -> None:
-            nonlocal left
-            left -= len(data)
-            if left < 0:
-                message = f"The backend's answer is larger than {limit} bytes, the limit of this gateway."
-                raise BackendFailed("backend_protocol_error", message)
-            chunks.append(data)
-
-        await self.deliver(receive)
-        return b"".join(chunks)
+    def _collect(self, data: bytes) -> None:
+        self._size += len(data)
+        if self._size > self._limit:
+            message = f"The backend's answer is larger than {self._limit} bytes, the limit of this gateway."
+            raise BackendFailed("backend_protocol_error", message)
+        self._body.append(data)
 
     def _wait(self) -> Deferred[None]:
         """A Deferred for the next thing to happen, whose cancellation is a CancelledError and closes the connection."""
-        waiting: Deferred[None] = Deferred(lambda _: self._finish(Failure(CancelledError())))
+        waiting: Deferred[None] = Deferred(self._cancelled)
         if isinstance(self._outcome, Failure):
             waiting.errback(self._outcome)
-        elif self._outcome or (self._early and not self._receive):
+        elif self._outcome or (self._body and self._receive is None):
             waiting.callback(None)
         else:
             self._waiting = waiting
         return waiting
 
+    def _cancelled(self, _: object) -> None:
+        self._finish(Failure(CancelledError()))
+
     # --- the answer, as it comes
 
     def _started(self, response: IResponse) -> None:
         self._requested = None
-        raw = list(response.headers.getAllRawHeaders())
-        single = {name.lower(): values[-1] for name, values in raw}
+        last = last_of(response.headers)
         self.status = response.code
-        self.headers = wire.returnable(raw)
-        self.server = single.get(b"server", b"")
-        self.is_event_stream = single.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-        encoding = single.get(b"content-encoding", b"identity").strip().lower()
+        self.headers = wire.returnable(response.headers.getAllRawHeaders())
+        self.server = last.get(b"server", b"")
+        self.is_event_stream = last.get(b"content-type", b"").lower().startswith(b"text/event-stream")
+        if not self.is_event_stream:
+            self._receive = self._collect
+        encoding = last.get(b"content-encoding", b"identity").strip().lower()
         if not 200 <= response.code <= 599 or encoding not in (b"identity", b""):
             what = f"status {response.code}" if encoding == b"identity" else "a content encoding that was not asked for"
             self._finish(Failure(BackendFailed("backend_protocol_error", f"The backend answered with {what}.")))
         response.deliverBody(self)
+
+    def _not_answered(self, failure: Failure) -> None:
+        self._requested = None
+        self._finish(Failure(_backend_failed(failure)))
 
     def connectionMade(self) -> None:
         if self._outcome:
@@ -145,13 +167,12 @@ class Exchange(protocol.Protocol):
         if self._outcome:
             return
         if self._receive is None:
-            self._early.append(data)
+            self._body.append(data)
             self._stop_silence()
             self.transport.pauseProducing()
             self._wake()
             return
-        if self._silence is not None:
-            self._silence.reset(self._timeouts.idle)
+        self._wait_in(self._patience)
         self._take(data)
 
     def _take(self, data: bytes) -> None:
@@ -165,9 +186,9 @@ class Exchange(protocol.Protocol):
 
     def connectionLost(self, reason: Failure = protocol.connectionDone) -> None:
         self.transport = None
-        if reason.check(ResponseDone):
+        if isinstance(reason.value, ResponseDone):
             self._finish(None)
-        elif reason.check(PotentialDataLoss):
+        elif isinstance(reason.value, PotentialDataLoss):
             self.framed = False
             self._finish(None)
         else:
@@ -176,7 +197,8 @@ class Exchange(protocol.Protocol):
 
     # --- ends
 
-    def _expire(self, code: str, seconds: float) -> None:
+    def expire(self, code: str, seconds: float) -> None:
+        """A timer ran out."""
         self._finish(Failure(BackendFailed(code, _TIMED_OUT[code].format(seconds))))
 
     def _finish(self, failure: Failure | None) -> None:
@@ -185,8 +207,8 @@ class Exchange(protocol.Protocol):
             return
         self._outcome = failure or True
         self._stop_silence()
-        if self._total is not None and self._total.active():
-            self._total.cancel()
+        if self._timers.total is not None:
+            self._timers.total.stop(self)
         if failure is not None:
             self._close()
         self._wake()
@@ -206,24 +228,25 @@ class Exchange(protocol.Protocol):
         else:
             waiting.callback(None)
 
-    def _expect_more(self) -> None:
-        """From here on the backend may be silent for the idle timeout."""
-        if self._silence is None:
-            idle = self._timeouts.idle
-            self._silence = self._clock.callLater(idle, self._expire, "idle_timeout", idle)
+    def _wait_in(self, table: Deadlines[Exchange]) -> None:
+        """From here on the backend may be silent for so long."""
+        if self._silence is not table:
+            self._stop_silence()
+            self._silence = table
+        table.start(self)
 
     def _stop_silence(self) -> None:
-        if self._silence is not None and self._silence.active():
-            self._silence.cancel()
-        self._silence = None
+        if self._silence is not None:
+            self._silence.stop(self)
+            self._silence = None
 
     # --- IPushProducer: the client's pace is the backend's
 
     def expect_end(self) -> None:
         """The answer is whole: a backend that does not end its body soon is not waited for."""
-        self._timeouts = self._timeouts._replace(idle=min(END_SECONDS, self._timeouts.idle))
+        self._patience = self._timers.end
         if self._silence is not None:
-            self._silence.reset(self._timeouts.idle)
+            self._wait_in(self._patience)
 
     def pauseProducing(self) -> None:
         self._paused = True
@@ -234,7 +257,8 @@ class Exchange(protocol.Protocol):
     def resumeProducing(self) -> None:
         self._paused = False
         if self.transport is not None and not self._outcome:
-            self._expect_more()
+            if self._silence is None:
+                self._wait_in(self._patience)
             self.transport.resumeProducing()
 
     def stopProducing(self) -> None:

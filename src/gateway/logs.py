@@ -6,13 +6,16 @@ A line never holds a prompt, an answer or a key: the record it is made of has no
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from time import time
 from typing import Any, Final, Literal
 
 import msgspec
+from twisted.internet.interfaces import IReactorTime
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, formatEvent
 from twisted.python.logfile import LogFile
 from zope.interface import implementer
@@ -21,6 +24,10 @@ from .core.record import Record
 
 MAX_TEXT: Final = 8 * 1024
 """Characters of a message or a traceback that a line keeps."""
+
+GATHER_SECONDS: Final = 0.05
+GATHERED: Final = 1000
+"""Lines of requests are written at the latest after this time, and when there are this many."""
 
 Format = Literal["text", "json"]
 _log: Final = Logger("gateway.access")
@@ -31,54 +38,74 @@ class Fields(dict[str, Any]):
     """What one request's line says; as text, ``key=value`` pairs."""
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={_plain(value)}" for name, value in self.items())
+        return " ".join([f"{name}={_text(value)}" for name, value in self.items()])
 
 
-def _plain(value: object) -> str:
+_PLAIN: Final = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII without space, quotes, = and backslash
+
+
+def _text(value: object) -> str:
     """A value that cannot be mistaken for two, nor break the line."""
-    text = str(value).lower() if isinstance(value, bool) else str(value)
-    if text and text.isascii() and text.isprintable() and not any(mark in text for mark in ' "=\\'):
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    text = str(value)
+    if _PLAIN.fullmatch(text):
         return text
     return msgspec.json.encode(text).decode("utf-8") if text.isprintable() else ascii(text)
 
 
 def access_fields(record: Record) -> Fields:
     """A record's line. Durations are milliseconds; what does not apply is left out."""
+    fields = Fields(request_id=record.request_id, method=record.method, route=record.route, status=record.status)
+    if record.code:
+        fields["code"] = record.code
+        fields["fault"] = record.fault
+    if record.model:
+        fields["model"] = record.model[:128]
+    if record.backend:
+        fields["backend"] = record.backend
+        fields["attempts"] = record.attempts
+    if record.stream:
+        fields["stream"] = True
+    fields["duration_ms"] = _ms(record.ended - record.started)
+    if record.first_token is not None:
+        fields["first_token_ms"] = _ms(record.first_token - record.started)
+    _add_usage(fields, record)
+    if record.client:
+        fields["client"] = record.client
+    if record.message:
+        fields["error"] = record.message[:500]
+    if record.detail:
+        fields["detail"] = record.detail
+    return fields
+
+
+def _add_usage(fields: Fields, record: Record) -> None:
     used = record.usage
-    fields = Fields(
-        request_id=record.request_id,
-        method=record.method,
-        route=record.route,
-        status=record.status,
-        code=record.code,
-        fault=record.fault or "",
-        model=record.model[:128],
-        backend=record.backend,
-        attempts=record.attempts,
-        stream=record.stream,
-        duration_ms=_ms(record.duration),
-        first_token_ms=_ms(record.first_token - record.started) if record.first_token is not None else "",
-        prompt_tokens=used.prompt_tokens,
-        completion_tokens=used.completion_tokens,
-        cached_tokens=used.cached_tokens,
-        estimated=used.estimated and used.completion_tokens > 0,
-        finish_reason=record.finish_reason or "",
-        client=record.client,
-        error=record.message[:500],
-        detail=record.detail,
-    )
-    always = ("request_id", "method", "route", "status", "duration_ms")
-    return Fields({name: value for name, value in fields.items() if value or name in always})
+    if used.prompt_tokens:
+        fields["prompt_tokens"] = used.prompt_tokens
+    if used.completion_tokens:
+        fields["completion_tokens"] = used.completion_tokens
+        if used.estimated:
+            fields["estimated"] = True
+    if used.cached_tokens:
+        fields["cached_tokens"] = used.cached_tokens
+    if record.finish_reason:
+        fields["finish_reason"] = record.finish_reason
 
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 2)
 
 
+def _level(record: Record) -> Any:
+    """A warning if the fault is ours or a backend's."""
+    return LogLevel.warn if record.fault in ("backend", "gateway") else LogLevel.info
+
+
 def access_log(record: Record) -> None:
-    """An observer of records: writes the line, as a warning if the fault is not the caller's."""
-    level = LogLevel.warn if record.fault in ("backend", "gateway") else LogLevel.info
-    _log.emit(level, "{access}", access=access_fields(record))
+    """An observer of records, for a log that is not ours: one event a request."""
+    _log.emit(_level(record), "{access}", access=access_fields(record))
 
 
 class StandardOutput:
@@ -121,37 +148,62 @@ class RotatedFile:
 
 @implementer(ILogObserver)
 class LineObserver:
-    """Writes each event as one line. ``write`` takes a line with its newline."""
+    """Writes each event as one line. ``write`` takes lines with their newlines.
+
+    The lines of requests (see `access`) are gathered for a moment and written together: under load
+    a write for each would cost more than the line.
+    """
 
     def __init__(self, write: Callable[[str], object], style: Format) -> None:
         self.write = write
-        self._line = _json_line if style == "json" else _text_line
+        self._json = style == "json"
+        self._gathered: list[str] = []
+        self._second = (0, "")
 
     def __call__(self, event: LogEvent) -> None:
-        time = datetime.fromtimestamp(event.get("log_time", 0.0), UTC).isoformat("T", "milliseconds")
+        access = event.get("access")
         level: Any = event.get("log_level") or LogLevel.info
-        namespace = event.get("log_namespace") or "-"
-        self.write(self._line(time.replace("+00:00", "Z"), level.name, str(namespace), event))
-
-
-def _json_line(time: str, level: str, namespace: str, event: LogEvent) -> str:
-    line: dict[str, Any] = {"time": time, "level": level, "logger": namespace}
-    access = event.get("access")
-    if isinstance(access, Fields):
-        line.update(access)
-    else:
-        line["message"] = _message(event)
+        namespace = str(event.get("log_namespace") or "-")
+        fields = access if isinstance(access, Fields) else Fields(message=_message(event))
         if "log_failure" in event:
-            line["traceback"] = event["log_failure"].getTraceback()[-MAX_TEXT:]
-    return msgspec.json.encode(line).decode("utf-8") + "\n"
+            fields["traceback"] = event["log_failure"].getTraceback()[-MAX_TEXT:]
+        self.flush()
+        self.write(self._line(event.get("log_time", 0.0), level.name, namespace, fields))
 
+    def access(self, clock: IReactorTime) -> Callable[[Record], None]:
+        """An observer of records, whose lines are written within `GATHER_SECONDS`."""
+        name = str(_log.namespace)
 
-def _text_line(time: str, level: str, namespace: str, event: LogEvent) -> str:
-    message = _message(event).replace("\r", "\\r").replace("\n", "\\n")
-    line = f"{time} {level:<5} {namespace} {message}\n"
-    if "log_failure" in event:
-        line += event["log_failure"].getTraceback()[-MAX_TEXT:]
-    return line
+        def observe(record: Record) -> None:
+            if not self._gathered:
+                clock.callLater(GATHER_SECONDS, self.flush)
+            self._gathered.append(self._line(time(), _level(record).name, name, access_fields(record)))
+            if len(self._gathered) >= GATHERED:
+                self.flush()
+
+        return observe
+
+    def flush(self) -> None:
+        """Write what was gathered."""
+        if self._gathered:
+            lines, self._gathered = self._gathered, []
+            self.write("".join(lines))
+
+    def _line(self, seconds: float, level: str, namespace: str, fields: Fields) -> str:
+        when = self._time(seconds)
+        if self._json:
+            return msgspec.json.encode({"time": when, "level": level, "logger": namespace, **fields}).decode("utf-8") + "\n"
+        traceback = fields.pop("traceback", "")
+        message = fields.get("message")
+        text = str(fields) if message is None else message.replace("\r", "\\r").replace("\n", "\\n")
+        return f"{when} {level:<5} {namespace} {text}\n{traceback}"
+
+    def _time(self, seconds: float) -> str:
+        """RFC 3339, in milliseconds; most of it is made once a second."""
+        whole = int(seconds)
+        if whole != self._second[0]:
+            self._second = (whole, datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%dT%H:%M:%S"))
+        return f"{self._second[1]}.{int((seconds - whole) * 1000):03d}Z"
 
 
 def _message(event: LogEvent) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Final
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.utils import floatToGoString
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
@@ -30,11 +33,29 @@ _JSON: Final = "application/json"
 _OPENMETRICS: Final = "application/openmetrics-text"
 
 
-disable_created_metrics()  # a second series for every counter, which nobody reads
-
-
 LookUp = Callable[[], Status]
 """How things stand, looked up when asked."""
+
+LABELS_SECONDS: Final = 1.0
+"""How long it is remembered which models there are."""
+
+
+class _Histogram:
+    """Counts of one series by bucket. Plain additions: there is one thread, and each request pays for them."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self.total += value
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """(upper bound, count so far), as Prometheus has them."""
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        return list(zip(names, accumulate(map(float, self._counts)), strict=True))
 
 
 class Metrics:
@@ -44,55 +65,48 @@ class Metrics:
         self._status = status
         self._now = now
         self._started = now()
+        self._requests: dict[tuple[str, str, str, int, str, str], int] = {}
+        self._duration: dict[str, _Histogram] = {}
+        self._first_token: dict[str, _Histogram] = {}
+        self._per_token: dict[str, _Histogram] = {}
+        self._tokens: dict[tuple[str, str], int] = {}
+        self._model_labels: dict[str, str] = {}
+        self._labels_until = 0.0
         self.registry = CollectorRegistry()
-        self._requests = Counter(
-            "gateway_requests",
-            "Requests that have ended.",
-            ["route", "model", "backend", "status", "code", "fault"],
-            registry=self.registry,
-        )
-        self._duration = self._histogram("gateway_request_duration_seconds", "From the whole request in to the answer out.")
-        self._first_token = self._histogram(
-            "gateway_time_to_first_token_seconds", "From the whole request in to the first token of a stream."
-        )
-        self._per_token = Histogram(
-            "gateway_time_per_output_token_seconds",
-            "Mean time between the tokens of one stream.",
-            ["model"],
-            buckets=TOKEN_SECONDS,
-            registry=self.registry,
-        )
-        self._tokens = Counter("gateway_tokens", "Tokens of answered requests.", ["type", "model"], registry=self.registry)
         ProcessCollector(registry=self.registry)
-        self.registry.register(_StatusCollector(status))
-
-    def _histogram(self, name: str, help: str) -> Histogram:
-        return Histogram(name, help, ["route"], buckets=SECONDS, registry=self.registry)
+        self.registry.register(self)
 
     def __call__(self, record: Record) -> None:
         """Count one request. Names that a caller can invent are never labels: unknown models are ``other``."""
-        model = self._model_label(record.model)
-        fault = record.fault or ""
-        self._requests.labels(record.route, model, record.backend, str(record.status), record.code, fault).inc()
-        self._duration.labels(record.route).observe(record.duration)
-        if record.first_token is not None:
-            self._first_token.labels(record.route).observe(record.first_token - record.started)
+        model = self._model_label(record)
+        route = record.route
+        ended = (route, model, record.backend, record.status, record.code, record.fault or "")
+        self._requests[ended] = self._requests.get(ended, 0) + 1
+        _observe(self._duration, route, SECONDS, record.ended - record.started)
         used = record.usage
-        for kind, count in (
-            ("prompt", used.prompt_tokens),
-            ("completion", used.completion_tokens),
-            ("cached", used.cached_tokens),
-        ):
-            if count:
-                self._tokens.labels(kind, model).inc(count)
-        if record.first_token is not None and record.last_token is not None and used.completion_tokens > 1:
-            between = (record.last_token - record.first_token) / (used.completion_tokens - 1)
-            self._per_token.labels(model).observe(between)
+        if used.prompt_tokens:
+            self._count("prompt", model, used.prompt_tokens)
+        if used.completion_tokens:
+            self._count("completion", model, used.completion_tokens)
+        if used.cached_tokens:
+            self._count("cached", model, used.cached_tokens)
+        if record.first_token is not None:
+            _observe(self._first_token, route, SECONDS, record.first_token - record.started)
+            if record.last_token is not None and used.completion_tokens > 1:
+                between = (record.last_token - record.first_token) / (used.completion_tokens - 1)
+                _observe(self._per_token, model, TOKEN_SECONDS, between)
 
-    def _model_label(self, model: str) -> str:
-        if not model or any(model in backend.models for backend in self._status().backends):
-            return model
-        return "other"
+    def _count(self, kind: str, model: str, tokens: int) -> None:
+        self._tokens[kind, model] = self._tokens.get((kind, model), 0) + tokens
+
+    def _model_label(self, record: Record) -> str:
+        model = record.model
+        if not model:
+            return ""
+        if record.ended >= self._labels_until:
+            self._labels_until = record.ended + LABELS_SECONDS
+            self._model_labels = {name: name for backend in self._status().backends for name in backend.models}
+        return self._model_labels.get(model, "other")
 
     # --- what it looks like from outside
 
@@ -110,18 +124,18 @@ class Metrics:
 
     def summary(self) -> dict[str, Any]:
         """The totals of inference requests, and how things stand."""
-        ended = [(labels, int(value)) for labels, value in _samples(self._requests, "_total") if _inference(labels)]
+        ended = [(code, count) for (route, _, _, _, code, _), count in self._requests.items() if route in INFERENCE_ROUTES]
         failed: dict[str, int] = {}
-        for labels, value in ended:
-            if labels["code"]:
-                failed[labels["code"]] = failed.get(labels["code"], 0) + value
-        seconds = sum(total for labels, total in _samples(self._duration, "_sum") if _inference(labels))
+        for code, count in ended:
+            if code:
+                failed[code] = failed.get(code, 0) + count
+        seconds = sum(seen.total for route, seen in self._duration.items() if route in INFERENCE_ROUTES)
         tokens = {"prompt": 0, "completion": 0, "cached": 0}
-        for labels, count in _samples(self._tokens, "_total"):
-            tokens[labels["type"]] += int(count)
+        for (kind, _), number in self._tokens.items():
+            tokens[kind] += number
         status = self._status()
         return {
-            "request_count": sum(value for _, value in ended),
+            "request_count": sum(count for _, count in ended),
             "error_count": sum(count for code, count in failed.items() if code != "client_cancelled"),
             "total_latency_ms": round(seconds * 1000, 3),
             "prompt_tokens": tokens["prompt"],
@@ -140,36 +154,52 @@ class Metrics:
             ],
         }
 
-
-def _samples(metric: Counter | Histogram, suffix: str) -> Iterator[tuple[dict[str, str], float]]:
-    for family in metric.collect():
-        for sample in family.samples:
-            if sample.name.endswith(suffix):
-                yield sample.labels, sample.value
-
-
-def _inference(labels: dict[str, str]) -> bool:
-    return labels["route"] in INFERENCE_ROUTES
-
-
-class _StatusCollector:
-    """Gauges that are looked up at each scrape."""
-
-    def __init__(self, status: LookUp) -> None:
-        self._status = status
-
     def collect(self) -> Iterator[Metric]:
-        status = self._status()
-        inflight = GaugeMetricFamily("gateway_inflight", "Requests that a backend holds.", labels=["backend"])
-        for name, count in status.inflight.items():
-            inflight.add_metric([name], count)
-        yield inflight
-        state = GaugeMetricFamily("gateway_backend_state", "1 for the state a backend is in.", labels=["backend", "state"])
-        for backend in status.backends:
-            state.add_metric([backend.name, backend.state], 1)
-        yield state
-        yield GaugeMetricFamily("gateway_connections", "Open client connections.", value=status.connections)
-        refused = CounterMetricFamily("gateway_connections_refused", "Connections closed at once, as there were too many.")
-        refused.add_metric([], status.refused_connections)
-        yield refused
-        yield GaugeMetricFamily("gateway_draining", "1 while the gateway finishes its last requests.", value=status.draining)
+        """What Prometheus sees; gauges are looked up at each scrape."""
+        labels = ["route", "model", "backend", "status", "code", "fault"]
+        requests = CounterMetricFamily("gateway_requests", "Requests that have ended.", labels=labels)
+        for ended, count in self._requests.items():
+            requests.add_metric([str(value) for value in ended], count)
+        yield requests
+        yield _family(
+            "gateway_request_duration_seconds", "From the whole request in to the answer out.", "route", self._duration
+        )
+        name = "gateway_time_to_first_token_seconds"
+        yield _family(name, "From the whole request in to the first token of a stream.", "route", self._first_token)
+        name = "gateway_time_per_output_token_seconds"
+        yield _family(name, "Mean time between the tokens of one stream.", "model", self._per_token)
+        tokens = CounterMetricFamily("gateway_tokens", "Tokens of answered requests.", labels=["type", "model"])
+        for (kind, model), number in self._tokens.items():
+            tokens.add_metric([kind, model], number)
+        yield tokens
+        yield from _gauges(self._status())
+
+
+def _observe(series: dict[str, _Histogram], label: str, bounds: Sequence[float], value: float) -> None:
+    seen = series.get(label)
+    if seen is None:
+        seen = series[label] = _Histogram(bounds)
+    seen.observe(value)
+
+
+def _family(name: str, help: str, label: str, series: dict[str, _Histogram]) -> Metric:
+    family = HistogramMetricFamily(name, help, labels=[label])
+    for value, seen in series.items():
+        family.add_metric([value], seen.buckets(), seen.total)
+    return family
+
+
+def _gauges(status: Status) -> Iterator[Metric]:
+    inflight = GaugeMetricFamily("gateway_inflight", "Requests that a backend holds.", labels=["backend"])
+    for name, count in status.inflight.items():
+        inflight.add_metric([name], count)
+    yield inflight
+    state = GaugeMetricFamily("gateway_backend_state", "1 for the state a backend is in.", labels=["backend", "state"])
+    for backend in status.backends:
+        state.add_metric([backend.name, backend.state], 1)
+    yield state
+    yield GaugeMetricFamily("gateway_connections", "Open client connections.", value=status.connections)
+    refused = CounterMetricFamily("gateway_connections_refused", "Connections closed at once, as there were too many.")
+    refused.add_metric([], status.refused_connections)
+    yield refused
+    yield GaugeMetricFamily("gateway_draining", "1 while the gateway finishes its last requests.", value=status.draining)

@@ -73,7 +73,7 @@ def _start(reply: Answer | Stream, request: Request, record: Record) -> None:
     record.status = reply.status
     request.setResponseCode(reply.status)
     for name, value in reply.headers:
-        request.responseHeaders.addRawHeader(name, value)
+        request.setHeader(name, value)
 
 
 @implementer(IPullProducer)

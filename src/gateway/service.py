@@ -11,23 +11,20 @@ import signal
 import socket
 import sys
 import time
-import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Final, NoReturn
+from typing import Any, Final
 from urllib.parse import urlsplit
 
-from dotenv.parser import parse_stream
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import ILogObserver, Logger
-from twisted.python import usage
 
 from . import __version__
 from .app import App
 from .backend import Backend, HTTPBackend
-from .core.settings import Settings, SettingsError, Source, option_rows, resolve
+from .core.settings import Settings
 from .core.status import Status
 from .dispatch import Dispatcher
 from .echo import EchoBackend
@@ -49,79 +46,18 @@ FLUSH_SECONDS: Final = 2.0
 _log: Final = Logger("gateway.service")
 
 
-def _exit(problem: object) -> NoReturn:
-    """One line and exit status 1, before there is a daemon that could not be asked."""
-    sys.exit(f"inference-gateway: {problem}")
+class StartError(Exception):
+    """The gateway cannot start, for a reason that is one line."""
 
 
-class Options(usage.Options):
-    """The command line of ``twistd inference-gateway``, made from the settings table."""
+def make_gateway(settings: Settings, twistd: Mapping[str, Any]) -> Gateway:
+    """The whole gateway, its socket bound and its log open; ``twistd`` has twistd's own options. Raises `StartError`."""
+    from twisted.internet import reactor  # noqa: PLC0415 - which one it is has been decided by now
 
-    synopsis = "[options]"
-    longdesc = "Settings may also stand in a TOML file (--config), .env, or the environment: see docs/configuration.md."
-    optParameters: ClassVar = [[name, None, None, help] for name, help in option_rows()]
-    settings: Settings
-
-    def opt_version(self) -> NoReturn:
-        """Print the version and exit."""
-        sys.stdout.write(f"inference-gateway {__version__}\n")
-        sys.exit(0)
-
-    def parseOptions(self, options: list[str] | None = None) -> None:
-        try:
-            super().parseOptions(options)
-        except usage.UsageError as problem:
-            _exit(f"{str(problem).rstrip('.')}; --help lists the options")
-
-    def parseArgs(self, *arguments: str) -> None:
-        """There are only options."""
-        if arguments:
-            raise usage.UsageError(f"unknown argument '{arguments[0]}'")
-
-    def postOptions(self) -> None:
-        """Put the sources together; a problem with any of them ends the start."""
-        given = {name.replace("-", "_"): value for name, value in self.items() if value is not None}
-        option = Source("command line", "option", given)
-        try:
-            env = [Source(".env", "dotenv", _dotenv(Path(".env"))), Source("environment", "env", os.environ)]
-            # Where the file is, is told by the other sources; what it says is overruled by them.
-            config = resolve([*env, option]).config
-            files = [Source(config, "file", _toml(Path(config)))] if config else []
-            self.settings = resolve([*files, *env, option])
-        except SettingsError as problem:
-            _exit(problem)
-
-
-def _dotenv(path: Path) -> dict[str, str | None]:
-    if not path.is_file():
-        return {}
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            lines = list(parse_stream(file))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise SettingsError(f"{path}: cannot be read: {problem}") from None
-    for line in lines:
-        if line.error:
-            raise SettingsError(f"{path}: line {line.original.line} is not NAME=value")
-    return {line.key: line.value for line in lines if line.key is not None}
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
-        raise SettingsError(f"{path}: cannot be read: {problem}") from None
-
-
-def makeService(options: Options) -> Gateway:
-    """Everything that can fail at the start fails here: twistd has not become a daemon yet."""
-    from twisted.internet import reactor  # noqa: PLC0415 - twistd may still choose which one
-
-    twistd: Any = options.parent or {}
     _check_pidfile(twistd.get("pidfile"))
-    listening = _listen(options.settings.host, options.settings.port)
-    _allow_files(2 * options.settings.max_connections + SPARE_FILES)
-    return Gateway(options.settings, reactor, listening, _observer(twistd, options.settings))
+    listening = _listen(settings.host, settings.port)
+    _allow_files(2 * settings.max_connections + SPARE_FILES)
+    return Gateway(settings, reactor, listening, _observer(twistd, settings))
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -134,7 +70,7 @@ def _listen(host: str, port: int) -> socket.socket:
         # create_server puts the address into strerror, which this line already names; a look-up has words of its own.
         own_words = isinstance(problem, socket.gaierror)
         why = os.strerror(problem.errno) if problem.errno and not own_words else problem.strerror or problem
-        _exit(f"cannot listen on {host} port {port} (--host, --port): {why}")
+        raise StartError(f"cannot listen on {host} port {port} (--host, --port): {why}")
     listening.setblocking(False)
     return listening
 
@@ -147,26 +83,26 @@ def _allow_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
-def _observer(twistd: Any, settings: Settings) -> LineObserver | None:
+def _observer(twistd: Mapping[str, Any], settings: Settings) -> LineObserver | None:
     """Where log lines go: as twistd was told, but in lines of ours. None: twistd was told to log elsewhere."""
     if "nodaemon" not in twistd or twistd.get("syslog") or twistd.get("logger"):
         return None
     path = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
     if path == "-":
         if not twistd.get("nodaemon"):
-            _exit("a daemon cannot log to standard output: give twistd --logfile a path, or -n")
+            raise StartError("a daemon cannot log to standard output: give twistd --logfile a path, or -n")
         return LineObserver(StandardOutput(), settings.log_format)
     try:
         file = RotatedFile(Path(path), settings.log_file_size, settings.log_files)
     except OSError as problem:
-        _exit(f"cannot write the log file {path}: {problem.strerror}")
+        raise StartError(f"cannot write the log file {path}: {problem.strerror}")
     return LineObserver(file, settings.log_format)
 
 
 def _check_pidfile(path: str | None) -> None:
     """twistd itself would find out only as a daemon."""
     if path and not os.access(Path(path).absolute().parent, os.W_OK):
-        _exit(f"cannot write the pidfile {path} (twistd --pidfile)")
+        raise StartError(f"cannot write the pidfile {path} (twistd --pidfile)")
 
 
 class Gateway(Service):
@@ -190,10 +126,10 @@ class Gateway(Service):
         self.pool = Pool(self.backend, reactor, settings.probe_interval)
         metrics = Metrics(self.status, time.monotonic)
         inference = Inference(self.dispatcher, time.monotonic, forward_authorization=settings.forward_authorization)
-        observers = (metrics, access_log)
+        observers = (metrics, access_log if observer is None else observer.access(reactor))
         self.app = App(inference, self.backend, self.status, metrics, observers, time.monotonic)
         limits = Limits(settings.max_body, settings.max_connections, settings.client_timeout, settings.idle_timeout)
-        self.server = Server(self.app.resource(), limits, reactor, self.app.refused)
+        self.server = Server(self.app.resource(), limits, reactor, self.app.refused, self.app.known())
 
     def _make_backend(self) -> Backend:
         settings = self._settings

@@ -4,7 +4,7 @@ from twisted.application.service import ServiceMaker
 
 inference_gateway = ServiceMaker(
     "Inference Gateway",
-    "gateway.service",
+    "gateway.command",
     "One OpenAI-compatible front door for model servers.",
     "inference-gateway",
 )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import msgspec
 
 from .errors import BackendFailed, Fault, GatewayError
 from .usage import Usage
 
 
-@dataclass(slots=True)
-class Record:
+class Record(msgspec.Struct, eq=False):
     """One request. Times are seconds on the monotonic clock."""
 
     request_id: str
@@ -26,7 +25,7 @@ class Record:
     fault: Fault | None = None
     message: str = ""
     detail: str = ""
-    usage: Usage = field(default_factory=Usage)
+    usage: Usage = Usage()
     finish_reason: str | None = None
     first_token: float | None = None
     last_token: float | None = None

@@ -165,17 +165,23 @@ _RETURNED: Final = frozenset(
 """What comes back of a backend's headers. The rest (Server, Set-Cookie, CORS...) is the backend's own affair."""
 
 
+_CREDENTIALS: Final = frozenset([b"authorization", b"x-api-key"])
+
+
 def forwardable(headers: Iterable[tuple[bytes, Sequence[bytes]]], *, authorization: bool) -> list[tuple[bytes, bytes]]:
     """The client's headers that go on to a backend; ``authorization``: the caller's credentials too.
 
     Hop-by-hop headers stay, and those that Connection names (RFC 9110 section 7.6.1).
     """
-    kept = [(name.lower(), value) for name, values in headers for value in values]
-    named = {token.strip().lower() for name, value in kept if name == b"connection" for token in value.split(b",")}
-    dropped = _NOT_FORWARDED | named
-    if authorization:
-        dropped = dropped - {b"authorization", b"x-api-key"}
-    return [(name, value) for name, value in kept if name not in dropped]
+    kept = []
+    named: set[bytes] = set()
+    for given, values in headers:
+        name = given.lower()
+        if name not in _NOT_FORWARDED or (authorization and name in _CREDENTIALS):
+            kept += [(name, value) for value in values]
+        elif name == b"connection":
+            named.update(token.strip().lower() for value in values for token in value.split(b","))
+    return [pair for pair in kept if pair[0] not in named] if named else kept
 
 
 def returnable(headers: Iterable[tuple[bytes, Sequence[bytes]]]) -> list[tuple[bytes, bytes]]:

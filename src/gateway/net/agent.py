@@ -157,7 +157,9 @@ class Agent:
     # --- connections
 
     def _connect(self, pending: Pending, origin: _Origin) -> None:
-        factory = Factory.forProtocol(lambda: Connection(lambda free: self._keep(origin, free), lambda lost: self._forget(origin, lost)))
+        factory = Factory.forProtocol(
+            lambda: Connection(lambda free: self._keep(origin, free), lambda lost: self._forget(origin, lost))
+        )
         pending.connecting = connecting = origin.endpoint.connect(factory)
 
         def connected(connection: Connection) -> None:

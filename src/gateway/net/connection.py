@@ -28,7 +28,7 @@ MAX_RESPONSE_HEADER_BYTES: Final = 64 * 1024
 JOINED: Final = 64 * 1024
 """A body of up to this many bytes is joined to its head, and leaves with it; a longer one is not copied for that."""
 
-_DONE: Final = ResponseDone()
+_DONE: Final = Failure(ResponseDone())
 
 
 @implementer(IClientRequest)
@@ -219,7 +219,7 @@ class Connection(Protocol):
                 self._free(self)
             else:
                 self.transport.loseConnection()
-            response.ended(Failure(_DONE))
+            response.ended(_DONE)
         if pending is not None:
             pending.connection = None
             pending.response.callback(response)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 from twisted.web.http_headers import Headers
 
 Pairs = list[tuple[bytes, bytes]]
@@ -30,9 +32,20 @@ class RawHeaders(Headers):
             self._made = made._rawHeaders
         return self._made
 
+    def getAllRawHeaders(self) -> Iterator[tuple[bytes, Sequence[bytes]]]:
+        """Field by field as they came; a name that came twice comes twice."""
+        if self._made is None:
+            return iter([(name, (value,)) for name, value in self.pairs])
+        return super().getAllRawHeaders()
+
 
 def pairs_of(headers: Headers) -> Pairs:
     """(lower-case name, value) of every field."""
     if isinstance(headers, RawHeaders):
         return headers.pairs
     return [(name.lower(), value) for name, values in headers.getAllRawHeaders() for value in values]
+
+
+def last_of(headers: Headers) -> dict[bytes, bytes]:
+    """Lower-case name to the last value of each field."""
+    return headers.last if isinstance(headers, RawHeaders) else dict(pairs_of(headers))

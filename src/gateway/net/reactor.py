@@ -109,9 +109,7 @@ class Reactor(EPollReactor):
         made.startListening()
         return made
 
-    def connectTCP(
-        self, host: str, port: int, factory: Any, timeout: float = 30, bindAddress: Any = None
-    ) -> tcp.Connector:
+    def connectTCP(self, host: str, port: int, factory: Any, timeout: float = 30, bindAddress: Any = None) -> tcp.Connector:
         connector = _Connector(host, port, factory, timeout, bindAddress, self)
         connector.connect()
         return connector

@@ -1,0 +1,94 @@
+"""What twistd loads: the command line, and the step from settings to a running gateway."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+
+from dotenv.parser import parse_stream
+from twisted.python import usage
+
+from . import __version__
+from .core.settings import Settings, SettingsError, Source, option_rows, resolve
+from .net import reactor
+
+if TYPE_CHECKING:
+    from .service import Gateway
+
+
+def die(problem: object) -> NoReturn:
+    """One line and exit status 1, before there is a daemon that could not be asked."""
+    sys.exit(f"inference-gateway: {problem}")
+
+
+class Options(usage.Options):
+    """The command line of ``twistd inference-gateway``, made from the settings table."""
+
+    synopsis = "[options]"
+    longdesc = "Settings may also stand in a TOML file (--config), .env, or the environment: see docs/configuration.md."
+    optParameters: ClassVar = [[name, None, None, help] for name, help in option_rows()]
+    settings: Settings
+
+    def opt_version(self) -> NoReturn:
+        """Print the version and exit."""
+        sys.stdout.write(f"inference-gateway {__version__}\n")
+        sys.exit(0)
+
+    def parseOptions(self, options: list[str] | None = None) -> None:
+        try:
+            super().parseOptions(options)
+        except usage.UsageError as problem:
+            die(f"{str(problem).rstrip('.')}; --help lists the options")
+
+    def parseArgs(self, *arguments: str) -> None:
+        """There are only options."""
+        if arguments:
+            raise usage.UsageError(f"unknown argument '{arguments[0]}'")
+
+    def postOptions(self) -> None:
+        """Put the sources together; a problem with any of them ends the start."""
+        given = {name.replace("-", "_"): value for name, value in self.items() if value is not None}
+        option = Source("command line", "option", given)
+        try:
+            env = [Source(".env", "dotenv", _dotenv(Path(".env"))), Source("environment", "env", os.environ)]
+            # Where the file is, is told by the other sources; what it says is overruled by them.
+            config = resolve([*env, option]).config
+            files = [Source(config, "file", _toml(Path(config)))] if config else []
+            self.settings = resolve([*files, *env, option])
+        except SettingsError as problem:
+            die(problem)
+
+
+def _dotenv(path: Path) -> dict[str, str | None]:
+    if not path.is_file():
+        return {}
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            lines = list(parse_stream(file))
+    except (OSError, UnicodeDecodeError) as problem:
+        raise SettingsError(f"{path}: cannot be read: {problem}") from None
+    for line in lines:
+        if line.error:
+            raise SettingsError(f"{path}: line {line.original.line} is not NAME=value")
+    return {line.key: line.value for line in lines if line.key is not None}
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as problem:
+        raise SettingsError(f"{path}: cannot be read: {problem}") from None
+
+
+def makeService(options: Options) -> Gateway:
+    """Everything that can fail at the start fails here: twistd has not become a daemon yet."""
+    reactor.install()
+    from .service import StartError, make_gateway  # noqa: PLC0415 - they import klein, which brings a reactor along
+
+    try:
+        return make_gateway(options.settings, options.parent or {})
+    except StartError as problem:
+        die(problem)
