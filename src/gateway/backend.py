@@ -164,23 +164,26 @@ class HTTPBackend:
 
 def _judged(answer: Answer) -> Answer:
     """A success or the caller's own fault (4xx) passes; anything else is the backend's failure."""
-    if 200 <= answer.status < 300:
+    status = answer.status
+    if 200 <= status < 300:
         return _with_usage(answer) if _is_json(answer.headers) else answer
-    if 400 <= answer.status < 500:
+    if 400 <= status < 500:
         return answer
     detail = f"a body of {len(answer.body)} bytes"
-    if answer.status >= 500:
+    if status >= 500:
         wait = next((value for name, value in answer.headers if name.lower() == b"retry-after"), b"")
         retry_after = float(wait) if wait.isdigit() and len(wait) < 6 else None
-        message = f"The backend failed with status {answer.status}."
+        message = f"The backend failed with status {status}."
         raise BackendFailed("backend_error", message, detail=detail, said=_said(answer.body), retry_after=retry_after)
-    raise BackendFailed("backend_protocol_error", f"The backend answered with status {answer.status}.", detail=detail)
+    raise BackendFailed("backend_protocol_error", f"The backend answered with status {status}.", detail=detail)
 
 
 def _is_json(headers: list[tuple[bytes, bytes]]) -> bool:
-    value = next((value for name, value in headers if name.lower() == b"content-type"), b"")
-    media_type = value.partition(b";")[0].strip().lower()
-    return media_type == b"application/json" or media_type.endswith(b"+json")
+    for name, value in headers:
+        if name.lower() == b"content-type":
+            media_type = value.partition(b";")[0].strip().lower()
+            return media_type == b"application/json" or media_type.endswith(b"+json")
+    return False
 
 
 def _with_usage(answer: Answer) -> Answer:
@@ -189,7 +192,7 @@ def _with_usage(answer: Answer) -> Answer:
     except UNDECODABLE as problem:
         message = "The backend's answer is not the JSON that it says it is."
         raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
-    return answer._replace(usage=used, finish_reason=finish_reason)
+    return Answer(answer.status, answer.headers, answer.body, used, finish_reason)
 
 
 def _said(body: bytes) -> str:

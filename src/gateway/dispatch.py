@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-
 from .backend import Backend
+
+
+class Lease:
+    """A backend for the length of a block; it is given back however the block ends."""
+
+    def __init__(self, backend: Backend, inflight: dict[str, int]) -> None:
+        self._backend = backend
+        self._inflight = inflight
+
+    def __enter__(self) -> Backend:
+        self._inflight[self._backend.name] += 1
+        return self._backend
+
+    def __exit__(self, *_: object) -> None:
+        self._inflight[self._backend.name] -= 1
 
 
 class Dispatcher:
@@ -15,12 +27,6 @@ class Dispatcher:
         self._backend = backend
         self.inflight = {backend.name: 0}
 
-    @asynccontextmanager
-    async def lease(self) -> AsyncIterator[Backend]:
-        """A backend; it is given back however the block ends."""
-        backend = self._backend
-        self.inflight[backend.name] += 1
-        try:
-            yield backend
-        finally:
-            self.inflight[backend.name] -= 1
+    def lease(self) -> Lease:
+        """A backend."""
+        return Lease(self._backend, self.inflight)

@@ -90,15 +90,23 @@ class Exchange(protocol.Protocol):
 
     # --- the three things to wait for
 
-    def open(self, method: str, url: bytes, headers: Headers, body: bytes | None) -> Deferred[None]:
-        """Send the request; fires when the answer is whole, or a stream begun."""
+    async def open(self, method: str, url: bytes, headers: Headers, body: bytes | None) -> None:
+        """Send the request; returns when the answer is whole, or a stream begun. Raises `BackendFailed`."""
         self._wait_in(self._timers.first_byte)
         if self._timers.total is not None:
             self._timers.total.start(self)
-        requested: Deferred[Any] = self._client.request(method, url, headers=headers, data=body)
-        self._requested = requested
-        requested.addCallbacks(self._started, self._not_answered)
-        return self._wait()
+        try:
+            self._requested = self._client.request(method, url, headers=headers, data=body)
+            response = await self._requested
+        except Exception as problem:
+            self._requested = None
+            # A timer of ours, or who cancels us, ends the request by cancelling it: then there is an outcome already.
+            self._finish(Failure(_backend_failed(problem)))
+            self._outcome.raiseException()  # type: ignore[union-attr]
+        self._requested = None
+        self._started(response)
+        if self._outcome is not True:
+            await self._wait()
 
     def deliver(self, receive: Receive) -> Deferred[None]:
         """Push the stream to ``receive`` as it comes; what it raises ends the exchange and fails the Deferred."""
@@ -147,17 +155,18 @@ class Exchange(protocol.Protocol):
         self.headers = wire.returnable(response.headers.getAllRawHeaders())
         self.server = last.get(b"server", b"")
         self.is_event_stream = last.get(b"content-type", b"").lower().startswith(b"text/event-stream")
-        if not self.is_event_stream:
-            self._receive = self._collect
         encoding = last.get(b"content-encoding", b"identity").strip().lower()
         if not 200 <= response.code <= 599 or encoding not in (b"identity", b""):
             what = f"status {response.code}" if encoding == b"identity" else "a content encoding that was not asked for"
             self._finish(Failure(BackendFailed("backend_protocol_error", f"The backend answered with {what}.")))
+        elif not self.is_event_stream:
+            self._receive = self._collect
+            whole: bytes | None = getattr(response, "whole", None)  # all of it came with the head
+            if whole is not None:
+                self._take(whole)
+                self._finish(None)
+                return
         response.deliverBody(self)
-
-    def _not_answered(self, failure: Failure) -> None:
-        self._requested = None
-        self._finish(Failure(_backend_failed(failure)))
 
     def connectionMade(self) -> None:
         if self._outcome:
@@ -267,20 +276,26 @@ class Exchange(protocol.Protocol):
         self._finish(Failure(CancelledError()))
 
 
-def _backend_failed(failure: Failure) -> Exception:
+def _backend_failed(found: Exception) -> Exception:
     """Twisted's many ways of saying that there is no answer, as one of ours."""
-    found = failure.value
+    if isinstance(found, BackendFailed | CancelledError):
+        return found
+    failure = Failure(found)
     detail = _reasons(failure)
     if isinstance(found, error.TimeoutError):
         return BackendFailed("connect_timeout", "The backend could not be connected to in time.", detail=detail)
     if isinstance(found, ResponseNeverReceived | RequestTransmissionFailed | ResponseFailed | RequestGenerationFailed):
+        if any(reason.check(CancelledError) for reason in found.reasons):
+            return CancelledError()
         begun = isinstance(found, ResponseFailed) and not isinstance(found, ResponseNeverReceived)
         if begun or any(reason.check(ParseError) for reason in found.reasons):
             return BackendFailed("backend_protocol_error", "The backend's answer is not valid HTTP.", detail=detail)
         return BackendFailed("backend_unreachable", "The backend closed the connection without an answer.", detail=detail)
+    if isinstance(found, error.ConnectingCancelledError):
+        return CancelledError()
     if isinstance(found, error.ConnectError | error.ConnectionClosed | error.DNSLookupError | TLSError | OSError):
         return BackendFailed("backend_unreachable", "The backend cannot be reached.", detail=detail)
-    return found if isinstance(found, Exception) else RuntimeError(detail)
+    return found
 
 
 def _reasons(failure: Failure) -> str:

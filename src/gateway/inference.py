@@ -28,14 +28,14 @@ class Inference:
     async def infer(self, request: Request, record: Record) -> None:
         """Raises `GatewayError` for what fails before the first byte of the answer."""
         call = self._read(request, record)
-        async with self._dispatcher.lease() as backend:
+        with self._dispatcher.lease() as backend:
             record.sent_to(backend.name)
             request.setHeader(b"x-gateway-backend", backend.name.encode("ascii"))
             reply = await backend.send(call)
             await relay(reply, request, record, self._now)
 
     def _read(self, request: Request, record: Record) -> wire.Call:
-        if request.requestHeaders.hasHeader(b"content-encoding"):
+        if request.getHeader(b"content-encoding") is not None:
             raise GatewayError("unsupported_media_type", "Send the body without Content-Encoding.")
         body: bytes = request.content.read()  # type: ignore[union-attr]  # there once the request is in
         chat = wire.parse_chat(body)

@@ -38,6 +38,11 @@ class Fields(dict[str, Any]):
     """What one request's line says; as text, ``key=value`` pairs."""
 
     def __str__(self) -> str:
+        line = " ".join([f"{name}={'true' if value is True else value}" for name, value in self.items()])
+        # Nearly always nothing needs quotes, which is seen by looking at the line as a whole.
+        spaces = line.count(" ") + 1 == line.count("=") == len(self)
+        if spaces and line.isascii() and line.isprintable() and '"' not in line and "\\" not in line:
+            return line
         return " ".join([f"{name}={_text(value)}" for name, value in self.items()])
 
 
@@ -46,9 +51,7 @@ _PLAIN: Final = re.compile(r"[!#-<>-\[\]-~]+")  # printable ASCII without space,
 
 def _text(value: object) -> str:
     """A value that cannot be mistaken for two, nor break the line."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    text = str(value)
+    text = "true" if value is True else str(value)
     if _PLAIN.fullmatch(text):
         return text
     return msgspec.json.encode(text).decode("utf-8") if text.isprintable() else ascii(text)

@@ -5,6 +5,7 @@ Only this module knows the process: its files, environment, signals, clocks and 
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -95,7 +96,7 @@ def _observer(twistd: Mapping[str, Any], settings: Settings) -> LineObserver | N
     try:
         file = RotatedFile(Path(path), settings.log_file_size, settings.log_files)
     except OSError as problem:
-        raise StartError(f"cannot write the log file {path}: {problem.strerror}")
+        raise StartError(f"cannot write the log file {path}: {problem.strerror}") from None
     return LineObserver(file, settings.log_format)
 
 
@@ -170,6 +171,8 @@ class Gateway(Service):
         self._port = self._reactor.adoptStreamPort(self._listening.fileno(), self._listening.family, self.server)
         self._listening.close()
         self.pool.startService()
+        gc.collect()
+        gc.freeze()  # what is there now stays: the collector need not look at it again and again
         self._reactor.callWhenRunning(self._install_signals)
         address: Any = self._port.getHost()
         host = f"[{address.host}]" if ":" in address.host else address.host

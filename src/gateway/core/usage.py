@@ -144,5 +144,7 @@ def of_answer(body: bytes) -> tuple[Usage, str | None]:
     except msgspec.ValidationError:
         msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         return Usage(), None
-    finish = next((choice.finish_reason for choice in chunk.choices or () if choice.finish_reason), None)
+    finish = None
+    for choice in chunk.choices or ():
+        finish = finish or choice.finish_reason
     return _usage(chunk) or Usage(), finish

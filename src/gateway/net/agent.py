@@ -22,7 +22,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from .connection import Asked, Connection, Pending
+from .connection import Connection, Origin, Pending
 from .deadlines import Deadlines
 from .headers import RawHeaders, pairs_of
 
@@ -83,18 +83,10 @@ class BackendClient(HTTPClient):
         return self._agent.request(method.encode("ascii"), target, headers, body)
 
 
-class _Origin:
-    """A scheme, host and port: how to connect to it, and the connections to it that wait for use, newest last."""
-
-    def __init__(self, endpoint: IStreamClientEndpoint) -> None:
-        self.endpoint = endpoint
-        self.idle: list[Connection] = []
-
-
 class _Target:
     """A URL, once parsed."""
 
-    def __init__(self, uri: URI, origin: _Origin) -> None:
+    def __init__(self, uri: URI, origin: Origin) -> None:
         self.origin = origin
         host = uri.netloc.rpartition(b"@")[2]
         self.host = b"host: %b\r\n" % host
@@ -116,7 +108,7 @@ class Agent:
         self._now = reactor.seconds
         self._timeout = connect_timeout
         self._policy = BrowserLikePolicyForHTTPS()
-        self._origins: dict[tuple[bytes, bytes, int], _Origin] = {}
+        self._origins: dict[tuple[bytes, bytes, int], Origin] = {}
         self._targets: dict[bytes, _Target] = {}
         self._waiting: Deadlines[Connection] = Deadlines(reactor, IDLE_SECONDS, self._close)
 
@@ -126,8 +118,9 @@ class Agent:
         target = self._targets.get(uri) or self._target(uri)
         body = bodyProducer.body if isinstance(bodyProducer, BytesBody) else None
         head = _head(method, target, headers, bodyProducer)
-        pending = Pending(Asked(method, uri, headers), head, body, bodyProducer if body is None else None)
-        idle = target.origin.idle
+        pending = Pending(method, uri, headers, head, body, bodyProducer if body is None else None)
+        pending.origin = origin = target.origin
+        idle = origin.idle
         while idle:
             connection = idle.pop()
             self._waiting.stop(connection)
@@ -135,31 +128,27 @@ class Agent:
                 connection.abort()
                 continue
             if pending.producer is None:
-                self._allow_retry(pending, target.origin)
+                pending.again = self._again
+                pending.again_until = self._now() + STALE_SECONDS
             connection.send(pending)
             break
         else:
-            self._connect(pending, target.origin)
+            self._connect(pending)
         return pending.response  # type: ignore[return-value]  # Deferred is not covariant
 
-    def _allow_retry(self, pending: Pending, origin: _Origin) -> None:
-        until = self._now() + STALE_SECONDS
-
-        def retry(pending: Pending) -> bool:
-            pending.retry = pending.connection = None
-            if self._now() > until:
-                return False
-            self._connect(pending, origin)
-            return True
-
-        pending.retry = retry
+    def _again(self, pending: Pending) -> bool:
+        """The connection had been closed by its backend before the request was on it."""
+        pending.again = pending.connection = None
+        if self._now() > pending.again_until:
+            return False
+        self._connect(pending)
+        return True
 
     # --- connections
 
-    def _connect(self, pending: Pending, origin: _Origin) -> None:
-        factory = Factory.forProtocol(
-            lambda: Connection(lambda free: self._keep(origin, free), lambda lost: self._forget(origin, lost))
-        )
+    def _connect(self, pending: Pending) -> None:
+        origin = pending.origin
+        factory = Factory.forProtocol(lambda: Connection(origin, self._keep, self._forget))
         pending.connecting = connecting = origin.endpoint.connect(factory)
 
         def connected(connection: Connection) -> None:
@@ -171,22 +160,21 @@ class Agent:
 
         connecting.addCallbacks(connected, pending.failed)
 
-    def _keep(self, origin: _Origin, connection: Connection) -> None:
-        if len(origin.idle) < MAX_IDLE_CONNECTIONS:
-            origin.idle.append(connection)
+    def _keep(self, connection: Connection) -> None:
+        idle = connection.origin.idle
+        if len(idle) < MAX_IDLE_CONNECTIONS:
+            idle.append(connection)
             self._waiting.start(connection)
         else:
             connection.transport.loseConnection()
 
-    def _forget(self, origin: _Origin, connection: Connection) -> None:
+    def _forget(self, connection: Connection) -> None:
         self._waiting.stop(connection)
-        if connection in origin.idle:
-            origin.idle.remove(connection)
+        if connection in connection.origin.idle:
+            connection.origin.idle.remove(connection)
 
     def _close(self, connection: Connection) -> None:
-        for origin in self._origins.values():
-            if connection in origin.idle:
-                origin.idle.remove(connection)
+        self._forget(connection)
         connection.transport.loseConnection()
 
     def close(self) -> None:
@@ -204,7 +192,7 @@ class Agent:
         key = (uri.scheme, uri.host, uri.port)
         origin = self._origins.get(key)
         if origin is None:
-            origin = self._origins[key] = _Origin(self._endpoint(uri))
+            origin = self._origins[key] = Origin(self._endpoint(uri))
         if len(self._targets) >= MAX_TARGETS:
             self._targets.clear()
         self._targets[url] = target = _Target(uri, origin)

@@ -149,14 +149,13 @@ class Channel(Protocol):
     # --- deadlines
 
     def _await_client(self) -> None:
-        """Set the timers of what the client owes us now: a request, the rest of one, or nothing but patience."""
-        reader = self._reader
+        """Set the timers of what the client owes us now: the rest of a request, or the next one."""
         if self._request is not None or self._ending:
             owed = ""
-            self.setTimeout(None)
         else:
+            reader = self._reader
             owed = "body" if reader.in_body else "head" if reader.partial else ""
-            self.setTimeout(self.site.idle.seconds)
+            self.site.idle.start(self)
             if reader.expects:
                 reader.expects = False
                 self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -170,16 +169,16 @@ class Channel(Protocol):
                 self._set_deadline(timeout, self._check_body_rate, self.site.clock.seconds())
 
     def setTimeout(self, period: float | None) -> None:
-        """Wait for the client from now on, or (None) do not wait. The length is the same for all channels."""
+        """Wait for the client, or (None) do not. How long is the site's affair."""
         if period is None:
             self.site.idle.stop(self)
         else:
             self.site.idle.start(self)
 
     def timeoutConnection(self) -> None:
-        """The client has been silent for the client timeout; who still reads the last answer may be."""
-        if self._paused:
-            self.setTimeout(self.site.idle.seconds)
+        """The client has been silent for the client timeout; who waits for an answer, or still reads one, may be."""
+        if self._paused or self._request is not None:
+            self.site.idle.start(self)
         else:
             self._too_slow()
 

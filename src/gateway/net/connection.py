@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import httptools
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.error import ConnectionDone
-from twisted.internet.interfaces import IProtocol, IPushProducer
+from twisted.internet.interfaces import IProtocol, IPushProducer, IStreamClientEndpoint
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 from twisted.web._newclient import ParseError, RequestGenerationFailed
@@ -51,14 +51,26 @@ class Response:
     previousResponse: IResponse | None = None
     _body_protocol: IProtocol | None = None
 
-    def __init__(self, connection: Connection, asked: Asked, code: int, headers: RawHeaders, length: Any) -> None:
-        self.request = asked
+    def __init__(self, connection: Connection, pending: Pending, code: int, headers: RawHeaders, length: Any) -> None:
+        self._pending = pending
         self.code = code
         self.headers = headers
         self.length = length
         self.early: list[bytes] = []
         self._connection: Connection | None = connection
         self._end: Failure | None = None
+
+    @property
+    def request(self) -> Asked:
+        pending = self._pending
+        return Asked(pending.method, pending.uri, pending.headers)
+
+    @property
+    def whole(self) -> bytes | None:
+        """The body, if all of it is in and nobody has taken it."""
+        if self._end is not _DONE or self._body_protocol is not None:
+            return None
+        return self.early[0] if len(self.early) == 1 else b"".join(self.early)
 
     @property
     def phrase(self) -> bytes:
@@ -102,18 +114,40 @@ class Response:
     abortConnection = loseConnection = stopProducing
 
 
+class Origin:
+    """A scheme, host and port: how to connect to it, and the connections to it that wait for use, newest last."""
+
+    def __init__(self, endpoint: IStreamClientEndpoint) -> None:
+        self.endpoint = endpoint
+        self.idle: list[Connection] = []
+
+
 class Pending:
     """A request on its way to its response, on one connection or, if that proves stale, another."""
 
-    def __init__(self, asked: Asked, head: bytes, body: bytes | None, producer: IBodyProducer | None) -> None:
-        self.asked = asked
+    origin: Origin
+    connecting: Deferred[Any] | None = None
+    connection: Connection | None = None
+    again: Callable[[Pending], bool] | None = None
+    """Sends it once more, on a fresh connection; False: it is too late for that."""
+    again_until = 0.0
+
+    def __init__(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None,
+        head: bytes,
+        body: bytes | None,
+        producer: IBodyProducer | None,
+    ) -> None:
+        self.method = method
+        self.uri = uri
+        self.headers = headers
         self.head = head
         self.body = body
         self.producer = producer
         self.response: Deferred[Response] = Deferred(self._cancel)
-        self.connecting: Deferred[Any] | None = None
-        self.connection: Connection | None = None
-        self.retry: Callable[[Pending], bool] | None = None
 
     def _cancel(self, _: object) -> None:
         if self.connection is not None:
@@ -148,7 +182,10 @@ class Connection(Protocol):
     _aborted = False
     _head_bytes = 0
 
-    def __init__(self, free: Callable[[Connection], object], lost: Callable[[Connection], object]) -> None:
+    def __init__(
+        self, origin: Origin, free: Callable[[Connection], object], lost: Callable[[Connection], object]
+    ) -> None:
+        self.origin = origin
         self._free = free
         self._lost = lost
         self._parser = httptools.HttpResponseParser(self)
@@ -257,12 +294,12 @@ class Connection(Protocol):
             raise ValueError("not HTTP/1.1")
         if b"transfer-encoding" in last and last[b"transfer-encoding"].lower() != b"chunked":
             raise ValueError("a transfer encoding that was not asked for")
-        asked = self._pending.asked
-        bodiless = asked.method == b"HEAD" or code in NO_BODY_CODES
+        pending = self._pending
+        bodiless = pending.method == b"HEAD" or code in NO_BODY_CODES
         self._framed = b"content-length" in last or b"transfer-encoding" in last or bodiless
         length = 0 if bodiless else int(last.get(b"content-length", -1))
-        self._response = Response(self, asked, code, headers, UNKNOWN_LENGTH if length < 0 else length)
-        if bodiless and asked.method == b"HEAD":
+        self._response = Response(self, pending, code, headers, UNKNOWN_LENGTH if length < 0 else length)
+        if bodiless and pending.method == b"HEAD":
             self._complete = True  # llhttp would wait for the body that the length tells of
             raise _Stop
 
@@ -301,7 +338,7 @@ class Connection(Protocol):
             self._end(Failure(PotentialDataLoss()))
         elif pending is not None and self._head_bytes == 0 and self._response is None:
             self._pending = None
-            if pending.retry is None or not pending.retry(pending):
+            if pending.again is None or not pending.again(pending):
                 pending.failed(Failure(ResponseNeverReceived([reason])))
         else:
             self._end(Failure(ResponseFailed([reason])))

@@ -128,12 +128,13 @@ class Request(server.Request):
         return Headers({name: [value] for name, value in fields.items()})
 
     def setHeader(self, name: str | bytes, value: str | bytes) -> None:
-        if self._fields is None or not isinstance(name, bytes) or not isinstance(value, bytes):
+        fields = self._fields
+        if fields is None or type(name) is not bytes or type(value) is not bytes:
             self.responseHeaders.setRawHeaders(name, [value])
         elif b"\n" in value or b"\r" in value:
             raise ValueError("a header's value is one line")
         else:
-            self._fields[name.lower()] = value
+            fields[name.lower()] = value
 
     def setResponseCode(self, code: int, message: bytes | None = None) -> None:
         """The reason phrase is the status' own: nobody reads it, and twisted would send whatever it is given."""
@@ -163,12 +164,12 @@ class Request(server.Request):
         if fields is None:
             headers = self.responseHeaders.getAllRawHeaders()
             pairs = [(name.lower(), value) for name, values in headers for value in values]
+            fields = dict(pairs)
         else:
             pairs = list(fields.items())
-        names = dict(pairs)
         code = self.code
         self._bodiless = self.method == b"HEAD" or code in _NO_BODY
-        if b"content-length" not in names and not self._bodiless:
+        if b"content-length" not in fields and not self._bodiless:
             if self.clientproto == b"HTTP/1.1":
                 self.chunked = 1
                 pairs.append((b"transfer-encoding", b"chunked"))
@@ -176,7 +177,8 @@ class Request(server.Request):
                 self.persistent = False  # the end of the connection is the end of the body
         if not self.persistent:
             pairs.append((b"connection", b"close"))
-        pairs.extend((b"set-cookie", cookie) for cookie in self.__dict__.get("cookies", ()))
+        if "cookies" in self.__dict__:
+            pairs += [(b"set-cookie", cookie) for cookie in self.cookies]
         lines = [_STATUS_LINES.get(code) or b"HTTP/1.1 %d \r\n" % code, self.site.date_line]  # type: ignore[union-attr]
         lines += [b"%b: %b\r\n" % pair for pair in pairs]
         lines.append(b"\r\n")
