@@ -113,8 +113,9 @@ class HTTPBackend:
     async def send(self, call: wire.Call) -> Answer | Stream:
         if self.kind is None:
             await self._identify()
-        assemble = self.kind == "llamacpp" and not call.stream
-        ask_usage = self.kind != "llamacpp" and call.stream and self._stream_usage and not call.include_usage
+        stream = call.stream
+        assemble = self.kind == "llamacpp" and not stream
+        ask_usage = stream and self.kind != "llamacpp" and self._stream_usage and not call.include_usage
         body = wire.as_stream(call.body) if assemble else wire.with_usage(call.body) if ask_usage else call.body
         exchange = Exchange(self._client, self._timers, self._max_answer)
         exchange.usage_added = ask_usage

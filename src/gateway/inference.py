@@ -10,6 +10,7 @@ from .core import wire
 from .core.errors import GatewayError
 from .core.record import Record
 from .dispatch import Dispatcher
+from .net.request import body_of
 from .relay import relay
 
 
@@ -37,7 +38,7 @@ class Inference:
     def _read(self, request: Request, record: Record) -> wire.Call:
         if request.getHeader(b"content-encoding") is not None:
             raise GatewayError("unsupported_media_type", "Send the body without Content-Encoding.")
-        body: bytes = request.content.read()  # type: ignore[union-attr]  # there once the request is in
+        body = body_of(request)
         chat = wire.parse_chat(body)
         record.model, record.stream = chat.model or "", bool(chat.stream)
         return wire.Call(wire.CHAT_COMPLETIONS, body, chat, record.request_id, self.forwardable(request))

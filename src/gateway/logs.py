@@ -38,11 +38,6 @@ class Fields(dict[str, Any]):
     """What one request's line says; as text, ``key=value`` pairs."""
 
     def __str__(self) -> str:
-        line = " ".join([f"{name}={'true' if value is True else value}" for name, value in self.items()])
-        # Nearly always nothing needs quotes, which is seen by looking at the line as a whole.
-        spaces = line.count(" ") + 1 == line.count("=") == len(self)
-        if spaces and line.isascii() and line.isprintable() and '"' not in line and "\\" not in line:
-            return line
         return " ".join([f"{name}={_text(value)}" for name, value in self.items()])
 
 
@@ -55,6 +50,27 @@ def _text(value: object) -> str:
     if _PLAIN.fullmatch(text):
         return text
     return msgspec.json.encode(text).decode("utf-8") if text.isprintable() else ascii(text)
+
+
+def access_text(record: Record) -> str:
+    """The same as ``str(access_fields(record))``, in a third of the time: there is one for every request."""
+    if record.code or record.first_token is not None:
+        return str(access_fields(record))
+    used = record.usage
+    model = f" model={_text(record.model[:128])}" if record.model else ""
+    backend = f" backend={record.backend} attempts={record.attempts}" if record.backend else ""
+    stream = " stream=true" if record.stream else ""
+    prompt = f" prompt_tokens={used.prompt_tokens}" if used.prompt_tokens else ""
+    completion = f" completion_tokens={used.completion_tokens}" if used.completion_tokens else ""
+    estimated = " estimated=true" if completion and used.estimated else ""
+    cached = f" cached_tokens={used.cached_tokens}" if used.cached_tokens else ""
+    finish = f" finish_reason={_text(record.finish_reason)}" if record.finish_reason else ""
+    client = f" client={record.client}" if record.client else ""
+    return (
+        f"request_id={_text(record.request_id)} method={record.method} route={record.route} status={record.status}"
+        f"{model}{backend}{stream} duration_ms={_ms(record.ended - record.started)}"
+        f"{prompt}{completion}{estimated}{cached}{finish}{client}"
+    )
 
 
 def access_fields(record: Record) -> Fields:
@@ -178,10 +194,15 @@ class LineObserver:
         name = str(_log.namespace)
 
         def observe(record: Record) -> None:
-            if not self._gathered:
+            gathered = self._gathered
+            if not gathered:
                 clock.callLater(GATHER_SECONDS, self.flush)
-            self._gathered.append(self._line(time(), _level(record).name, name, access_fields(record)))
-            if len(self._gathered) >= GATHERED:
+            level = _level(record).name
+            if self._json:
+                gathered.append(self._line(time(), level, name, access_fields(record)))
+            else:
+                gathered.append(f"{self._time(time())} {level:<5} {name} {access_text(record)}\n")
+            if len(gathered) >= GATHERED:
                 self.flush()
 
         return observe

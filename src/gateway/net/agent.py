@@ -15,7 +15,7 @@ from hyperlink import DecodedURL, EncodedURL
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
-from twisted.internet.interfaces import IStreamClientEndpoint
+from twisted.internet.interfaces import IDelayedCall, IStreamClientEndpoint
 from twisted.internet.protocol import Factory
 from twisted.web.client import URI, BrowserLikePolicyForHTTPS
 from twisted.web.http_headers import Headers
@@ -23,8 +23,7 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from .connection import Connection, Origin, Pending
-from .deadlines import Deadlines
-from .headers import RawHeaders, pairs_of
+from .headers import last_of, pairs_of
 
 MAX_IDLE_CONNECTIONS: Final = 256
 """Kept-alive connections to one backend that wait for use."""
@@ -110,26 +109,26 @@ class Agent:
         self._policy = BrowserLikePolicyForHTTPS()
         self._origins: dict[tuple[bytes, bytes, int], Origin] = {}
         self._targets: dict[bytes, _Target] = {}
-        self._waiting: Deadlines[Connection] = Deadlines(reactor, IDLE_SECONDS, self._close)
+        self._reaping: IDelayedCall | None = None
 
     def request(
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: IBodyProducer | None = None
     ) -> Deferred[IResponse]:
         target = self._targets.get(uri) or self._target(uri)
-        body = bodyProducer.body if isinstance(bodyProducer, BytesBody) else None
+        body = bodyProducer.body if type(bodyProducer) is BytesBody else None
         head = _head(method, target, headers, bodyProducer)
         pending = Pending(method, uri, headers, head, body, bodyProducer if body is None else None)
         pending.origin = origin = target.origin
         idle = origin.idle
         while idle:
             connection = idle.pop()
-            self._waiting.stop(connection)
-            if not _is_quiet(connection.transport):
+            now = self._now()
+            if now - connection.free_since >= IDLE_SECONDS or not _is_quiet(connection.transport):
                 connection.abort()
                 continue
             if pending.producer is None:
                 pending.again = self._again
-                pending.again_until = self._now() + STALE_SECONDS
+                pending.again_until = now + STALE_SECONDS
             connection.send(pending)
             break
         else:
@@ -163,25 +162,37 @@ class Agent:
     def _keep(self, connection: Connection) -> None:
         idle = connection.origin.idle
         if len(idle) < MAX_IDLE_CONNECTIONS:
+            connection.free_since = self._now()
             idle.append(connection)
-            self._waiting.start(connection)
+            if self._reaping is None:
+                self._reaping = self._reactor.callLater(IDLE_SECONDS, self._reap)
         else:
             connection.transport.loseConnection()
 
     def _forget(self, connection: Connection) -> None:
-        self._waiting.stop(connection)
         if connection in connection.origin.idle:
             connection.origin.idle.remove(connection)
 
-    def _close(self, connection: Connection) -> None:
-        self._forget(connection)
-        connection.transport.loseConnection()
+    def _reap(self) -> None:
+        """Close what has waited for too long; the longest waits in front."""
+        self._reaping = None
+        now = self._now()
+        oldest = now
+        for origin in self._origins.values():
+            while origin.idle and now - origin.idle[0].free_since >= IDLE_SECONDS:
+                origin.idle.pop(0).transport.loseConnection()
+            if origin.idle:
+                oldest = min(oldest, origin.idle[0].free_since)
+        if any(origin.idle for origin in self._origins.values()):
+            self._reaping = self._reactor.callLater(oldest + IDLE_SECONDS - now, self._reap)
 
     def close(self) -> None:
         """Close the connections that wait for use."""
+        if self._reaping is not None:
+            self._reaping.cancel()
+            self._reaping = None
         for origin in self._origins.values():
             for connection in origin.idle:
-                self._waiting.stop(connection)
                 connection.transport.loseConnection()
             origin.idle.clear()
 
@@ -214,10 +225,9 @@ class Agent:
 
 def _head(method: bytes, target: _Target, headers: Headers | None, producer: IBodyProducer | None) -> bytes:
     pairs = pairs_of(headers) if headers is not None else []
-    lines = [method, target.line]
-    if headers is None or not (b"host" in headers.last if isinstance(headers, RawHeaders) else headers.hasHeader(b"host")):
+    lines = [method, target.line, *[b"%b: %b\r\n" % pair for pair in pairs]]
+    if headers is None or b"host" not in last_of(headers):
         lines.append(target.host)
-    lines += [b"%b: %b\r\n" % pair for pair in pairs]
     if producer is not None:
         unknown = producer.length is UNKNOWN_LENGTH
         lines.append(b"transfer-encoding: chunked\r\n" if unknown else b"content-length: %d\r\n" % producer.length)

@@ -181,6 +181,7 @@ class Connection(Protocol):
     _sent = True
     _aborted = False
     _head_bytes = 0
+    free_since = 0.0
 
     def __init__(
         self, origin: Origin, free: Callable[[Connection], object], lost: Callable[[Connection], object]

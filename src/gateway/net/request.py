@@ -128,13 +128,10 @@ class Request(server.Request):
         return Headers({name: [value] for name, value in fields.items()})
 
     def setHeader(self, name: str | bytes, value: str | bytes) -> None:
-        fields = self._fields
-        if fields is None or type(name) is not bytes or type(value) is not bytes:
+        if self._fields is None or type(name) is not bytes or type(value) is not bytes:
             self.responseHeaders.setRawHeaders(name, [value])
-        elif b"\n" in value or b"\r" in value:
-            raise ValueError("a header's value is one line")
         else:
-            fields[name.lower()] = value
+            self._fields[name.lower()] = value  # its line's end is looked at once, with all the others'
 
     def setResponseCode(self, code: int, message: bytes | None = None) -> None:
         """The reason phrase is the status' own: nobody reads it, and twisted would send whatever it is given."""
@@ -182,7 +179,10 @@ class Request(server.Request):
         lines = [_STATUS_LINES.get(code) or b"HTTP/1.1 %d \r\n" % code, self.site.date_line]  # type: ignore[union-attr]
         lines += [b"%b: %b\r\n" % pair for pair in pairs]
         lines.append(b"\r\n")
-        return b"".join(lines)
+        head = b"".join(lines)
+        if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
+            raise ValueError("a header's value is one line")
+        return head
 
     def finish(self) -> None:
         if self._disconnected:
@@ -231,3 +231,11 @@ class Request(server.Request):
         if isinstance(self.producer, _PullToPush):
             self.producer.stopStreaming()
         self.producer = None
+
+
+def body_of(request: server.Request) -> bytes:
+    """The whole body of a request that may be one of ours or any of twisted's."""
+    if isinstance(request, Request):
+        return request.body
+    content: bytes = request.content.read()  # type: ignore[union-attr]  # there once the request is in
+    return content
