@@ -181,8 +181,14 @@ class Exchange(protocol.Protocol):
             self.transport.pauseProducing()
             self._wake()
             return
-        self._wait_in(self._patience)
-        self._take(data)
+        if self._silence is self._patience:
+            self._silence.start(self)
+        else:
+            self._wait_in(self._patience)
+        try:
+            self._receive(data)
+        except Exception:
+            self._finish(Failure())
 
     def _take(self, data: bytes) -> None:
         if self._receive is None or isinstance(self._outcome, Failure):

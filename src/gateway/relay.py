@@ -148,18 +148,21 @@ class _Watch:
         except sse.TooLong as problem:
             message = "The backend sent an event that is too large."
             raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
+        if not events:
+            return
         now = self._now()
+        meter = self._meter
         passed = []
         for event in events:
-            is_usage = self._meter.see(event, now)
+            is_usage = meter.see(event, now)
             if not (is_usage and self._stream.usage_added):
                 passed.append(event.raw)
-        if self._meter.done:
+        if meter.done:
             self._stream.expect_end()
         if passed:
             if not self._request.startedWriting:
                 self._start()
-            self._request.write(b"".join(passed))
+            self._request.write(passed[0] if len(passed) == 1 else b"".join(passed))
 
     def _start(self) -> None:
         _start(self._stream, self._request, self._record)

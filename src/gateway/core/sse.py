@@ -50,6 +50,9 @@ class Decoder:
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that ``data`` completes, in order. Raises `TooLong`."""
+        if not self._parts and _is_one_plain_event(data):
+            self._first = self._after_cr = False
+            return [Event(data[6:-2], data)]
         # An end is at most four bytes long: of what is held, only the last three can be part of one.
         held = b"".join(part[-3:] for part in self._parts[-3:])[-3:]
         if _END.search(held + data) is None:
@@ -87,10 +90,12 @@ class Decoder:
         if self._first:
             self._first = False
             text = text.removeprefix(_BOM)
-        # The plain case first: one data line that ends with LF.
-        if text.startswith(b"data: ") and text.find(b"\n") == len(text) - 2 and b"\r" not in text:
-            return Event(text[6:-2], raw)
-        return Event(_data(text), raw)
+        return Event(text[6:-2] if _is_one_plain_event(text) else _data(text), raw)
+
+
+def _is_one_plain_event(data: bytes) -> bool:
+    """What backends send nearly always: one data line that ends with LF, and the blank line."""
+    return data.startswith(b"data: ") and data.endswith(b"\n\n") and data.find(b"\n") == len(data) - 2 and b"\r" not in data
 
 
 def _data(text: bytes) -> bytes | None:

@@ -122,9 +122,8 @@ class UsageMeter:
             return False  # not ours to judge: it is relayed as it came
         if chunk.error is not None:
             self.failed = True
-        reported = _usage(chunk)
-        if reported is not None:
-            self._reported = reported
+        if chunk.usage is not None or chunk.timings is not None:
+            self._reported = _usage(chunk)
         for choice in chunk.choices or ():
             if choice.finish_reason is not None:
                 self.finish_reason = choice.finish_reason
