@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: run test check format docs bench clean
+.PHONY: run test check format docs bench fuzz clean
 
 # ARGS="--port 9000" passes options on; settings also come from .env and the environment.
 run: $(READY)
@@ -29,6 +29,12 @@ docs: $(READY)
 
 bench: $(READY)
 	$(BIN)/python bench/cost.py $(ARGS)
+
+# A minute for each side of the wire; ARGS="-max_total_time=600" takes longer. What breaks is written to a file crash-*.
+fuzz: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group fuzz
+	$(BIN)/python -m tests.fuzz.fuzz_server $(ARGS)
+	$(BIN)/python -m tests.fuzz.fuzz_backend $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -105,7 +105,8 @@ class Exchange(protocol.Protocol):
             self._outcome.raiseException()  # type: ignore[union-attr]
         self._requested = None
         self._started(response)
-        if self._outcome is not True:
+        begun = self._body and self._receive is None  # then it is a stream, even if it has broken since
+        if not begun and self._outcome is not True:
             await self._wait()
 
     def deliver(self, receive: Receive) -> Deferred[None]:
@@ -113,7 +114,12 @@ class Exchange(protocol.Protocol):
         self._receive = receive
         early, self._body = self._body, []
         for data in early:
-            self._take(data)
+            try:
+                receive(data)
+            except Exception:
+                self._outcome = False  # a body that ended whole is of no use to a receiver that fails
+                self._finish(Failure())
+                break
         if not self._paused:
             self.resumeProducing()
         return self._wait()
@@ -163,10 +169,17 @@ class Exchange(protocol.Protocol):
             self._receive = self._collect
             whole: bytes | None = getattr(response, "whole", None)  # all of it came with the head
             if whole is not None:
-                self._take(whole)
-                self._finish(None)
+                self._take_whole(whole)
                 return
         response.deliverBody(self)
+
+    def _take_whole(self, body: bytes) -> None:
+        try:
+            self._collect(body)
+        except BackendFailed:
+            self._finish(Failure())
+        else:
+            self._finish(None)
 
     def connectionMade(self) -> None:
         if self._outcome:
@@ -188,15 +201,6 @@ class Exchange(protocol.Protocol):
         try:
             self._receive(data)
         except Exception:
-            self._finish(Failure())
-
-    def _take(self, data: bytes) -> None:
-        if self._receive is None or isinstance(self._outcome, Failure):
-            return
-        try:
-            self._receive(data)
-        except Exception:
-            self._outcome = False  # a body that ended whole is of no use to a receiver that fails
             self._finish(Failure())
 
     def connectionLost(self, reason: Failure = protocol.connectionDone) -> None:

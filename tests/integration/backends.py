@@ -20,6 +20,9 @@ class Connection:
         self.sock = sock
         self.number = number
         sock.settimeout(30)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what a script sends is there at once
+        self.received = bytearray()
+        """All that the gateway has sent, byte for byte."""
         self._buffer = b""
 
     def request(self) -> tuple[bytes, dict[bytes, bytes], bytes] | None:
@@ -43,6 +46,7 @@ class Connection:
         except OSError:
             return False
         self._buffer += data
+        self.received += data
         return bool(data)
 
     def send(self, *parts: bytes) -> None:

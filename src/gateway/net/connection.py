@@ -183,9 +183,7 @@ class Connection(Protocol):
     _head_bytes = 0
     free_since = 0.0
 
-    def __init__(
-        self, origin: Origin, free: Callable[[Connection], object], lost: Callable[[Connection], object]
-    ) -> None:
+    def __init__(self, origin: Origin, free: Callable[[Connection], object], lost: Callable[[Connection], object]) -> None:
         self.origin = origin
         self._free = free
         self._lost = lost

@@ -20,7 +20,15 @@ from .headers import Pairs, RawHeaders
 
 _TARGET: Final = re.compile(rb"[!-\"$-~]+")  # RFC 9112 section 3.2: visible ASCII, no fragment
 _ABSOLUTE: Final = re.compile(rb"https?://[^/?]+", re.IGNORECASE)
-_HOST: Final = re.compile(rb"[A-Za-z0-9._~%!$&'()*+,;=:\[\]-]*")
+_HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~%!$&'()*+,;=-]*)(?::[0-9]*)?")
+_NOT_HTTP: Final = frozenset(
+    b"CONNECT PRI SOURCE DESCRIBE ANNOUNCE SETUP PLAY PAUSE TEARDOWN GET_PARAMETER SET_PARAMETER REDIRECT RECORD FLUSH".split()
+)
+"""What llhttp knows of proxies (CONNECT), HTTP/2, Icecast and RTSP."""
+
+CHUNK_FRAMING: Final = 64
+"""Bytes that a chunk may need beside its data."""
+
 _SINGLE: Final = (b"host", b"content-length", b"transfer-encoding", b"expect")
 
 
@@ -81,7 +89,8 @@ class Reader:
         self._parser = httptools.HttpRequestParser(self)
         self._ended = False  # the last request was the last, or it was bad
         self._begun = False
-        self._unread = 0  # bytes of the head, or of the body's framing, since the last that were of use
+        self._unread = 0  # bytes of the head or, in a body, of all
+        self._trailers = self._trailer_bytes = 0
         self._message: Message | None = None
         self._error: GatewayError | None = None
         self._pairs: Pairs = []
@@ -106,8 +115,15 @@ class Reader:
             if not self._ended:  # else llhttp complains of bytes after a request that was the last
                 self.refuse(self._error or self._unparsable())
         else:
-            if self._unread > self._limits.max_header_bytes and not self._ended:
+            if self._is_mostly_framing() and not self._ended:
                 self.refuse(headers_too_large(self._limits))
+
+    def _is_mostly_framing(self) -> bool:
+        """A head without end, or a chunked body of more chunk sizes, extensions and trailers than it can need."""
+        most = self._limits.max_header_bytes
+        if not self.in_body:
+            return self._unread > most
+        return self._unread - self.body_bytes > 2 * most + CHUNK_FRAMING * len(self._body)
 
     def _unparsable(self) -> GatewayError:
         if self._unread > self._limits.max_header_bytes and not self.in_body:
@@ -128,6 +144,7 @@ class Reader:
             last = message.headers.last
             framing = next(name for name in (b"content-length", b"transfer-encoding") if name in last)
             kept = (self._pairs, self._target, self.expects)
+            self.in_body = False
             self._parser.feed_data(b"POST / HTTP/1.1\r\nHost: g\r\n%b: %b\r\n\r\n" % (framing, last[framing]))
             self._pairs, self._target, self.expects = kept
             self._message, self._method = message, message.method
@@ -145,8 +162,15 @@ class Reader:
         self._target += part
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self.in_body:  # else it is a trailer, which is dropped (RFC 9110 section 6.5.1)
+        if not self.in_body:
             self._pairs.append((name.lower(), value.rstrip(b" \t")))
+            return
+        self._trailers += 1  # they are dropped (RFC 9110 section 6.5.1)
+        if name.lower() == b"connection" and self._message is not None:
+            self._message.persistent = False  # has no business here, but llhttp obeys it
+        self._trailer_bytes += len(name) + len(value)
+        if self._trailers > self._limits.max_headers or self._trailer_bytes > self._limits.max_header_bytes:
+            self._stop(headers_too_large(self._limits))
 
     def on_headers_complete(self) -> None:
         parser = self._parser
@@ -160,7 +184,7 @@ class Reader:
         persistent = version == "1.1" and (b"connection" not in headers.last or parser.should_keep_alive())
         self._message = Message(method, self._target, path, b"HTTP/" + version.encode(), headers, persistent)
         self.in_body = True
-        self.body_bytes = self._unread = 0
+        self.body_bytes = self._trailers = self._trailer_bytes = 0
         self._body = []
         self.expects = b"expect" in headers.last and version == "1.1"
 
@@ -174,6 +198,8 @@ class Reader:
     def _path(self) -> bytes:
         """What routes are found by."""
         target = self._target
+        if self._method in _NOT_HTTP:
+            self._bad("The method belongs to another protocol.")
         absolute = _ABSOLUTE.match(target)  # RFC 9112 section 3.2.2
         path = (target[absolute.end() :] if absolute else target).partition(b"?")[0]
         if absolute and not path:
@@ -206,12 +232,9 @@ class Reader:
             self._stop(too_large(limits))
         if b"expect" in last and last[b"expect"].lower() != b"100-continue":
             self._bad("The only expectation that can be met is 100-continue (RFC 9110 section 10.1.1).")
-        if self._method == b"CONNECT":
-            self._bad("CONNECT is for proxies.")
 
     def on_body(self, data: bytes) -> None:
         self.body_bytes += len(data)
-        self._unread = 0
         if self.body_bytes > self._limits.max_body:
             self._stop(too_large(self._limits))
         self._body.append(data)
@@ -223,6 +246,8 @@ class Reader:
         if b"upgrade" in last and not self._body and self._parser.should_upgrade():
             if last.get(b"content-length", b"0").strip(b"0") or b"transfer-encoding" in last:
                 return  # its body is still to be read
+        if self._is_mostly_framing():
+            self._stop(headers_too_large(self._limits))
         pieces = self._body
         message.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         self._ended = not message.persistent

@@ -1,0 +1,112 @@
+"""Fuzzes the backend's side: ``python -m tests.fuzz.fuzz_backend``, or ``make fuzz``.
+
+A backend that says anything at all gives one answer or one failure, leaves no timer behind, and no failure in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import atheris
+from twisted.internet.error import ConnectionDone
+from twisted.internet.protocol import Protocol
+from twisted.internet.task import Clock
+from twisted.internet.testing import StringTransport
+from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from .harness import pieces, run
+
+# --- ADAPTER: the only lines that know what is inside of gateway.net.agent ------------------------
+
+
+def connection() -> tuple[Any, Callable[[], Any]]:
+    """A client protocol that is not yet connected, and how to ask it something: the call returns a Deferred of an IResponse."""
+    with atheris.instrument_imports(include=["gateway"]):
+        from gateway.net import agent
+    from twisted.web._newclient import Request
+    from twisted.web.http_headers import Headers
+
+    protocol = agent._Connection(lambda _: None)
+    headers = Headers({"host": ["g"]})
+    return protocol, lambda: protocol.request(Request(b"GET", b"/", headers, None, persistent=True))
+
+
+# --- end of the adapter ---------------------------------------------------------------------------
+
+
+class Body(Protocol):
+    """Counts how often the body ended."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def connectionLost(self, reason: object = None) -> None:
+        self.ended += 1
+
+
+class Wire(StringTransport):
+    """Forgives what a TCP transport forgives."""
+
+    def loseWriteConnection(self) -> None:
+        pass
+
+    def resumeProducing(self) -> None:
+        if not (self.disconnecting or self.disconnected):
+            super().resumeProducing()
+
+    def pauseProducing(self) -> None:
+        if not (self.disconnecting or self.disconnected):
+            super().pauseProducing()
+
+
+def one(data: bytes) -> None:
+    failures: list[LogEvent] = []
+
+    @implementer(ILogObserver)
+    def observe(event: LogEvent) -> None:
+        if "log_failure" in event:
+            failures.append(event)
+
+    globalLogPublisher.addObserver(observe)
+    try:
+        talk(data)
+    finally:
+        globalLogPublisher.removeObserver(observe)
+    assert not failures, [event["log_failure"].getTraceback() for event in failures]
+
+
+def talk(data: bytes) -> None:
+    """Ask, answer with the data in pieces, close."""
+    clock, wire, body = Clock(), Wire(), Body()
+    protocol, ask = connection()
+    protocol.makeConnection(wire)
+    outcomes: list[Any] = []
+    ask().addCallback(_take, body).addBoth(outcomes.append)
+    for piece in pieces(data):
+        if wire.disconnecting or wire.disconnected:
+            break
+        protocol.dataReceived(piece)
+    protocol.connectionLost(Failure(ConnectionDone()))
+    assert len(outcomes) == 1
+    assert body.ended == (0 if isinstance(outcomes[0], Failure) else 1)
+    assert not clock.getDelayedCalls()
+
+
+def _take(response: Any, body: Body) -> Any:
+    assert 100 <= response.code <= 999
+    response.deliverBody(body)
+    return response
+
+
+def seeds() -> list[bytes]:
+    """What the scripted backends of the conformance tests say."""
+    from ..integration.test_conformance import SAYS
+
+    return [first + row.data for row in SAYS.values() if len(row.data) < 4096 for first in (b"\xff", b"\x05")]
+
+
+if __name__ == "__main__":
+    run(one, seeds())
