@@ -27,8 +27,9 @@ docs: $(READY)
 	$(BIN)/python -c 'from gateway.core import settings; print(settings.markdown(), end="")' > docs/configuration.md
 	$(BIN)/python -c 'from gateway.core import settings; print(settings.env_example(), end="")' > .env.example
 
+# What it measures, and how: ARGS=--help. Two peers, a faster load and plots: $(BIN)/python -m pip install --group bench
 bench: $(READY)
-	$(BIN)/python bench/cost.py $(ARGS)
+	$(BIN)/python -m bench $(ARGS)
 
 # A minute for each side of the wire; ARGS="-max_total_time=600" takes longer. What breaks is written to a file crash-*.
 fuzz: $(READY)

@@ -19,22 +19,18 @@ from zope.interface import implementer
 
 from .harness import pieces, run
 
-# --- ADAPTER: the only lines that know what is inside of gateway.net.agent ------------------------
-
-
 def connection() -> tuple[Any, Callable[[], Any]]:
-    """A client protocol that is not yet connected, and how to ask it something: the call returns a Deferred of an IResponse."""
+    """A connection that is not yet connected, and how to ask it something: the call returns a Deferred of an IResponse."""
     with atheris.instrument_imports(include=["gateway"]):
-        from gateway.net import agent
-    from twisted.web._newclient import Request
-    from twisted.web.http_headers import Headers
+        from gateway.net.connection import Connection, Origin, Pending
+    made: Any = Connection(Origin(None), lambda _: None, lambda _: None)  # type: ignore[arg-type]  # it never connects
 
-    protocol = agent._Connection(lambda _: None)
-    headers = Headers({"host": ["g"]})
-    return protocol, lambda: protocol.request(Request(b"GET", b"/", headers, None, persistent=True))
+    def ask() -> Any:
+        pending = Pending(b"GET", b"http://g/", None, b"GET / HTTP/1.1\r\nhost: g\r\n\r\n", None, None)
+        made.send(pending)
+        return pending.response
 
-
-# --- end of the adapter ---------------------------------------------------------------------------
+    return made, ask
 
 
 class Body(Protocol):

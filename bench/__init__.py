@@ -1,0 +1,1 @@
+"""What the gateway costs, beside what others cost: `python -m bench --help`."""
