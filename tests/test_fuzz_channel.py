@@ -172,7 +172,6 @@ pieces_of_corpus = st.sampled_from([*(REFUSALS[name] for name in SHORT), *(row.d
 originals = st.lists(st.one_of(requests().map(lambda made: made[1]), pieces_of_corpus), min_size=1, max_size=3).map(b"".join)
 
 
-@PATIENCE
 @given(originals, st.lists(changes, max_size=4), st.lists(st.integers(0, 5000), max_size=6), st.booleans())
 @settings(SLOWLY, max_examples=400)
 @example(b"", [], [], True)
@@ -281,7 +280,6 @@ def test_valid_requests_are_to_h11_what_they_are_to_us(made: list[tuple[Seen, by
     assert opinion(data) == (seen([data], later=False), "incomplete")
 
 
-@PATIENCE
 @given(originals, st.lists(changes, max_size=3))
 @settings(SLOWLY, max_examples=400)
 def test_what_h11_refuses_we_refuse(data: bytes, made: Changes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from random import getrandbits
-from typing import Any, Final
+from typing import Final
 
 from klein import Klein
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, succeed

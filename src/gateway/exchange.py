@@ -286,7 +286,7 @@ class Exchange(protocol.Protocol):
         self._finish(Failure(CancelledError()))
 
 
-def _backend_failed(found: Exception) -> Exception:
+def _backend_failed(found: Exception) -> Exception:  # noqa: PLR0911 - a table, in which the order counts
     """Twisted's many ways of saying that there is no answer, as one of ours."""
     if isinstance(found, BackendFailed | CancelledError):
         return found

@@ -71,7 +71,7 @@ def _listen(host: str, port: int) -> socket.socket:
         # create_server puts the address into strerror, which this line already names; a look-up has words of its own.
         own_words = isinstance(problem, socket.gaierror)
         why = os.strerror(problem.errno) if problem.errno and not own_words else problem.strerror or problem
-        raise StartError(f"cannot listen on {host} port {port} (--host, --port): {why}")
+        raise StartError(f"cannot listen on {host} port {port} (--host, --port): {why}") from None
     listening.setblocking(False)
     return listening
 

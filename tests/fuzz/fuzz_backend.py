@@ -19,6 +19,7 @@ from zope.interface import implementer
 
 from .harness import pieces, run
 
+
 def connection() -> tuple[Any, Callable[[], Any]]:
     """A connection that is not yet connected, and how to ask it something: the call returns a Deferred of an IResponse."""
     with atheris.instrument_imports(include=["gateway"]):

@@ -279,7 +279,9 @@ class Connection(Protocol):
             self._pairs.append((name.lower(), value.rstrip(b" \t")))
 
     def on_headers_complete(self) -> None:
-        assert self._pending is not None
+        pending = self._pending
+        if pending is None:
+            raise _Stop
         parser = self._parser
         code = parser.get_status_code()
         headers = RawHeaders(self._pairs)
@@ -293,7 +295,6 @@ class Connection(Protocol):
             raise ValueError("not HTTP/1.1")
         if b"transfer-encoding" in last and last[b"transfer-encoding"].lower() != b"chunked":
             raise ValueError("a transfer encoding that was not asked for")
-        pending = self._pending
         bodiless = pending.method == b"HEAD" or code in NO_BODY_CODES
         self._framed = b"content-length" in last or b"transfer-encoding" in last or bodiless
         length = 0 if bodiless else int(last.get(b"content-length", -1))

@@ -23,8 +23,8 @@ class RawHeaders(Headers):
         self.last = dict(pairs)
         self._made: dict[bytes, list[bytes]] | None = None
 
-    @property  # type: ignore[override]  # the one attribute that all of Headers stands on
-    def _rawHeaders(self) -> dict[bytes, list[bytes]]:
+    @property
+    def _rawHeaders(self) -> dict[bytes, list[bytes]]:  # type: ignore[override]  # the one attribute that all of Headers stands on
         if self._made is None:
             made = Headers()
             for name, value in self.pairs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
 import httptools
@@ -67,7 +67,7 @@ class _Stop(Exception):
     """Makes llhttp stop."""
 
 
-Known = Mapping[tuple[bytes, bytes], Callable[..., object]]
+Known = Mapping[tuple[bytes, bytes], Callable[..., Any]]
 """(method, target) pairs that are plainly well-formed: they need no second look."""
 
 
@@ -241,11 +241,8 @@ class Reader:
 
     def on_message_complete(self) -> None:
         message = self._message
-        assert message is not None
-        last = message.headers.last
-        if b"upgrade" in last and not self._body and self._parser.should_upgrade():
-            if last.get(b"content-length", b"0").strip(b"0") or b"transfer-encoding" in last:
-                return  # its body is still to be read
+        if message is None or self._is_upgrade_with_body(message.headers.last):
+            return
         if self._is_mostly_framing():
             self._stop(headers_too_large(self._limits))
         pieces = self._body
@@ -256,6 +253,12 @@ class Reader:
         self.in_body = self._begun = self.expects = False
         self._unread = 0
         self.ready.append(message)
+
+    def _is_upgrade_with_body(self, last: dict[bytes, bytes]) -> bool:
+        """llhttp says that the message is complete, and has yet to read its body."""
+        if b"upgrade" not in last or self._body or not self._parser.should_upgrade():
+            return False
+        return bool(last.get(b"content-length", b"0").strip(b"0")) or b"transfer-encoding" in last
 
 
 def _is_utf8(text: bytes) -> bool:

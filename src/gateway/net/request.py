@@ -36,8 +36,7 @@ class Request(server.Request):
     is closed after an answer that is not ``persistent``.
     """
 
-    channel: Channel
-    content: BytesIO
+    channel: Channel  # type: ignore[assignment]  # does for a Request what twisted's own does
     _fields: dict[bytes, bytes] | None
     _running: Deferred[None] | None = None
     _bodiless = False
@@ -62,16 +61,18 @@ class Request(server.Request):
     # --- what was asked
 
     @cached_property
-    def content(self) -> BytesIO:  # type: ignore[no-redef]
+    def content(self) -> BytesIO:  # type: ignore[override]
         return BytesIO(self.body)
 
     @cached_property
     def args(self) -> dict[bytes, list[bytes]]:  # type: ignore[override]
-        return http.parse_qs(self.uri.partition(b"?")[2], True)
+        found: dict[bytes, list[bytes]] = http.parse_qs(self.uri.partition(b"?")[2], True)
+        return found
 
     @cached_property
-    def host(self) -> IAddress:  # type: ignore[override]
-        return self.transport.getHost()  # type: ignore[no-any-return, union-attr]
+    def host(self) -> IAddress:
+        found: IAddress = self.transport.getHost()  # type: ignore[union-attr]
+        return found
 
     @cached_property
     def received_cookies(self) -> dict[bytes, bytes]:  # type: ignore[override]
@@ -84,7 +85,7 @@ class Request(server.Request):
         return []
 
     @cached_property
-    def _adapterCache(self) -> dict[str, Any]:  # of Componentized, which Klein looks through
+    def _adapterCache(self) -> dict[str, Any]:  # type: ignore[override]  # what Klein asks Componentized for
         return {}
 
     def getHeader(self, key: str | bytes) -> Any:
@@ -221,11 +222,12 @@ class Request(server.Request):
     def registerProducer(self, producer: Any, streaming: bool) -> None:
         if self.producer is not None:
             raise ValueError("registering a producer before the previous one was unregistered")
-        self.producer = producer if streaming else _PullToPush(producer, self)  # type: ignore[assignment]
-        if self.channel is None:
+        pushing: Any = producer if streaming else _PullToPush(producer, self)
+        self.producer = pushing
+        if self._disconnected:
             producer.stopProducing()
         elif not streaming:
-            self.producer.startStreaming()  # type: ignore[attr-defined]
+            pushing.startStreaming()
 
     def unregisterProducer(self) -> None:
         if isinstance(self.producer, _PullToPush):
