@@ -13,7 +13,7 @@ from twisted.python import usage
 
 from . import __version__
 from .core.settings import Settings, SettingsError, Source, option_rows, resolve
-from .net import reactor
+from .net.reactor import install as install_reactor
 
 if TYPE_CHECKING:
     from .service import Gateway
@@ -85,7 +85,7 @@ def _toml(path: Path) -> dict[str, Any]:
 
 def makeService(options: Options) -> Gateway:
     """Everything that can fail at the start fails here: twistd has not become a daemon yet."""
-    reactor.install()
+    install_reactor()
     from .service import StartError, make_gateway  # noqa: PLC0415 - they import klein, which brings a reactor along
 
     try:

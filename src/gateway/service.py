@@ -173,8 +173,12 @@ class Gateway(Service):
         self.pool.startService()
         gc.collect()
         gc.freeze()  # what is there now stays: the collector need not look at it again and again
-        self._reactor.callWhenRunning(self._install_signals)
-        address: Any = self._port.getHost()
+        self._reactor.callWhenRunning(self._is_running)
+
+    def _is_running(self) -> None:
+        """Said last: who reads it may send requests, and signals."""
+        self._install_signals()
+        address: Any = self._port.getHost()  # type: ignore[union-attr]  # it listens
         host = f"[{address.host}]" if ":" in address.host else address.host
         _log.info(
             "inference-gateway {version} listens on http://{host}:{port}, backend {backend}",

@@ -170,11 +170,11 @@ class Request(server.Request):
         if b"content-length" not in fields and not self._bodiless:
             if self.clientproto == b"HTTP/1.1":
                 self.chunked = 1
-                pairs.append((b"transfer-encoding", b"chunked"))
+                pairs.append((b"Transfer-Encoding", b"chunked"))
             else:
                 self.persistent = False  # the end of the connection is the end of the body
         if not self.persistent:
-            pairs.append((b"connection", b"close"))
+            pairs.append((b"Connection", b"close"))
         if "cookies" in self.__dict__:
             pairs += [(b"set-cookie", cookie) for cookie in self.cookies]
         lines = [_STATUS_LINES.get(code) or b"HTTP/1.1 %d \r\n" % code, self.site.date_line]  # type: ignore[union-attr]

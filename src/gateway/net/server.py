@@ -52,7 +52,7 @@ class Server(Site):
         """The Date header with its line's end, made once a second."""
         second = int(time.time())
         if second != self._date[0]:
-            self._date = (second, b"date: %b\r\n" % datetimeToString(second))
+            self._date = (second, b"Date: %b\r\n" % datetimeToString(second))
         return self._date[1]
 
     def buildProtocol(self, addr: IAddress | None) -> Channel | None:  # type: ignore[override]
