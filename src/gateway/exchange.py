@@ -196,7 +196,7 @@ class Exchange(protocol.Protocol):
             return
         if self._silence is self._patience:
             self._silence.start(self)
-        else:
+        elif not self._paused:  # of what came before a pause the rest may still be handed over
             self._wait_in(self._patience)
         try:
             self._receive(data)
