@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from twisted.internet.testing import StringTransport
@@ -67,7 +67,7 @@ class Both:
         self.reactor = Still()
         settings = Settings(backend_url="http://127.0.0.1:9", backend_kind="openai")
         gateway = Gateway(settings, self.reactor, listening, LineObserver(lambda line: None, "text"))
-        self.channel: Any = gateway.server.buildProtocol(None)
+        self.channel = cast(Any, gateway.server.buildProtocol(None))
         self.client = StringTransport()
         self.channel.makeConnection(self.client)
         self.backend = StringTransport()
