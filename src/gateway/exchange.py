@@ -92,7 +92,8 @@ class Exchange(protocol.Protocol):
 
     async def open(self, method: str, url: bytes, headers: Headers, body: bytes | None) -> None:
         """Send the request; returns when the answer is whole, or a stream begun. Raises `BackendFailed`."""
-        self._wait_in(self._timers.first_byte)
+        self._silence = self._timers.first_byte
+        self._silence.start(self)
         if self._timers.total is not None:
             self._timers.total.start(self)
         try:
@@ -100,7 +101,7 @@ class Exchange(protocol.Protocol):
             response = await self._requested
         except Exception as problem:
             self._requested = None
-            # A timer of ours, or who cancels us, ends the request by cancelling it: then there is an outcome already.
+            # A timer of ours has cancelled it if there is an outcome already; that one counts.
             self._finish(Failure(_backend_failed(problem)))
             self._outcome.raiseException()  # type: ignore[union-attr]
         self._requested = None

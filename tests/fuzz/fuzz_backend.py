@@ -23,7 +23,8 @@ from .harness import pieces, run
 def connection() -> tuple[Any, Callable[[], Any]]:
     """A connection that is not yet connected, and how to ask it something: the call returns a Deferred of an IResponse."""
     with atheris.instrument_imports(include=["gateway"]):
-        from gateway.net.connection import Connection, Origin, Pending
+        from gateway.net.connection import Connection
+        from gateway.net.response import Origin, Pending
     made: Any = Connection(Origin(None), lambda _: None, lambda _: None)  # type: ignore[arg-type]  # it never connects
 
     def ask() -> Any:

@@ -22,8 +22,9 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
-from .connection import Connection, Origin, Pending
+from .connection import Connection
 from .headers import last_of, pairs_of
+from .response import Origin, Pending
 
 MAX_IDLE_CONNECTIONS: Final = 256
 """Kept-alive connections to one backend that wait for use."""

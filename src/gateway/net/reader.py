@@ -241,7 +241,7 @@ class Reader:
 
     def on_message_complete(self) -> None:
         message = self._message
-        if message is None or self._is_upgrade_with_body(message.headers.last):
+        if message is None or (b"upgrade" in message.headers.last and self._is_body_to_come(message.headers.last)):
             return
         if self._is_mostly_framing():
             self._stop(headers_too_large(self._limits))
@@ -254,9 +254,9 @@ class Reader:
         self._unread = 0
         self.ready.append(message)
 
-    def _is_upgrade_with_body(self, last: dict[bytes, bytes]) -> bool:
-        """llhttp says that the message is complete, and has yet to read its body."""
-        if b"upgrade" not in last or self._body or not self._parser.should_upgrade():
+    def _is_body_to_come(self, last: dict[bytes, bytes]) -> bool:
+        """llhttp says that a message with Upgrade is complete, and has yet to read its body."""
+        if self._body or not self._parser.should_upgrade():
             return False
         return bool(last.get(b"content-length", b"0").strip(b"0")) or b"transfer-encoding" in last
 
