@@ -13,13 +13,12 @@ import msgspec
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
-from twisted.web.http_headers import Headers
 
 from .core import assembly, sse, usage, wire
 from .core.errors import UNDECODABLE, BackendFailed
 from .core.usage import Usage
 from .exchange import Exchange, Receive, Timeouts, Timers
-from .net.headers import RawHeaders
+from .net.headers import Pairs, RawHeaders
 
 Kind = Literal["llamacpp", "openai", "echo"]
 
@@ -119,8 +118,9 @@ class HTTPBackend:
         body = wire.as_stream(call.body) if assemble else wire.with_usage(call.body) if ask_usage else call.body
         exchange = Exchange(self._client, self._timers, self._max_answer)
         exchange.usage_added = ask_usage
-        own = [(b"content-type", b"application/json"), (b"x-request-id", call.request_id.encode("ascii"))]
-        await exchange.open("POST", self._url + call.path.encode("ascii"), self._headers([*call.headers, *own]), body)
+        headers = self._headers(call.headers)
+        headers += [(b"content-type", b"application/json"), (b"x-request-id", call.request_id.encode("ascii"))]
+        await exchange.open("POST", self._url + call.path.encode("ascii"), RawHeaders(headers), body)
         if not exchange.is_event_stream or not 200 <= exchange.status < 300:
             return _judged(Answer(exchange.status, exchange.headers, await exchange.content()))
         if assemble:
@@ -143,7 +143,7 @@ class HTTPBackend:
     async def _list_models(self, headers: list[tuple[bytes, bytes]]) -> tuple[Answer, bytes]:
         """The answer as it is, and what the server calls itself."""
         exchange = Exchange(self._client, self._probe_timers, self._max_answer)
-        await exchange.open("GET", self._url + b"/v1/models", self._headers(headers), None)
+        await exchange.open("GET", self._url + b"/v1/models", RawHeaders(self._headers(headers)), None)
         return Answer(exchange.status, exchange.headers, await exchange.content()), exchange.server
 
     async def _identify(self) -> None:
@@ -155,12 +155,11 @@ class HTTPBackend:
                 raise
             self.kind = self.kind or "openai"
 
-    def _headers(self, given: list[tuple[bytes, bytes]]) -> Headers:
-        own = [(b"accept-encoding", b"identity")]
+    def _headers(self, given: Pairs) -> Pairs:
         if self._authorization:
-            given = [pair for pair in given if pair[0] != b"authorization"]
-            own.append((b"authorization", self._authorization))
-        return RawHeaders(given + own)
+            kept = [pair for pair in given if pair[0] != b"authorization"]
+            return [*kept, (b"accept-encoding", b"identity"), (b"authorization", self._authorization)]
+        return [*given, (b"accept-encoding", b"identity")]
 
 
 def _judged(answer: Answer) -> Answer:

@@ -21,7 +21,7 @@ from zope.interface import implementer
 from .core import wire
 from .core.errors import BackendFailed
 from .net.deadlines import Deadlines
-from .net.headers import last_of
+from .net.headers import last_of, pairs_of
 
 END_SECONDS: Final = 1.0
 """How long a backend may take to end the body after an answer's last event."""
@@ -159,7 +159,7 @@ class Exchange(protocol.Protocol):
         self._requested = None
         last = last_of(response.headers)
         self.status = response.code
-        self.headers = wire.returnable(response.headers.getAllRawHeaders())
+        self.headers = wire.returnable(pairs_of(response.headers))
         self.server = last.get(b"server", b"")
         self.is_event_stream = last.get(b"content-type", b"").lower().startswith(b"text/event-stream")
         encoding = last.get(b"content-encoding", b"identity").strip().lower()

@@ -10,6 +10,7 @@ from .core import wire
 from .core.errors import GatewayError
 from .core.record import Record
 from .dispatch import Dispatcher
+from .net.headers import pairs_of
 from .net.request import body_of
 from .relay import relay
 
@@ -45,5 +46,4 @@ class Inference:
 
     def forwardable(self, request: Request) -> list[tuple[bytes, bytes]]:
         """The headers of the client that go on to the backend."""
-        headers = request.requestHeaders.getAllRawHeaders()
-        return wire.forwardable(headers, authorization=self._forward_authorization)
+        return wire.forwardable(pairs_of(request.requestHeaders), authorization=self._forward_authorization)

@@ -6,7 +6,7 @@ passed on, so that a failure in mid-stream can still be said: as one error event
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -39,16 +39,13 @@ def cut(request: Request) -> None:
         transport.abortConnection()
 
 
-async def relay(reply: Answer | Stream, request: Request, record: Record, now: Callable[[], float]) -> None:
+def relay(reply: Answer | Stream, request: Request, record: Record, now: Callable[[], float]) -> Awaitable[None]:
     """Send the reply to the client, and finish the request.
 
     What fails after the first byte is told to the client in the stream itself and written into the
     record; what fails before it is raised, as is CancelledError when the client has gone.
     """
-    if isinstance(reply, Answer):
-        await _answer(reply, request, record)
-    else:
-        await _stream(reply, request, record, now)
+    return _answer(reply, request, record) if isinstance(reply, Answer) else _stream(reply, request, record, now)
 
 
 async def _answer(answer: Answer, request: Request, record: Record) -> None:
@@ -151,11 +148,10 @@ class _Watch:
         if not events:
             return
         now = self._now()
-        meter = self._meter
+        meter, hide = self._meter, self._stream.usage_added
         passed = []
         for event in events:
-            is_usage = meter.see(event, now)
-            if not (is_usage and self._stream.usage_added):
+            if not meter.see(event, now) or not hide:
                 passed.append(event.raw)
         if meter.done:
             self._stream.expect_end()

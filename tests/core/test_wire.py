@@ -119,22 +119,23 @@ def test_what_cannot_be_rewritten_is_the_callers_fault(body: bytes) -> None:
 
 
 def test_headers_of_one_connection_do_not_travel() -> None:
-    headers: list[tuple[bytes, list[bytes]]] = [
-        (b"Connection", [b"keep-alive, X-Secret-Hop"]),
-        (b"Keep-Alive", [b"timeout=5"]),
-        (b"Transfer-Encoding", [b"chunked"]),
-        (b"X-Secret-Hop", [b"1"]),
-        (b"Host", [b"gateway"]),
-        (b"Authorization", [b"Bearer user-key"]),
-        (b"X-Api-Key", [b"user-key"]),
-        (b"Cookie", [b"a=b"]),
-        (b"Accept-Encoding", [b"gzip"]),
-        (b"X-Request-Id", [b"abc"]),
-        (b"If-None-Match", [b'"a"']),
-        (b"Range", [b"bytes=0-1"]),
-        (b"Traceparent", [b"00-1-2-01"]),
-        (b"X-Session-Id", [b"s1"]),
-        (b"X-Many", [b"1", b"2"]),
+    headers = [
+        (b"connection", b"keep-alive, X-Secret-Hop"),
+        (b"keep-alive", b"timeout=5"),
+        (b"transfer-encoding", b"chunked"),
+        (b"x-secret-hop", b"1"),
+        (b"host", b"gateway"),
+        (b"authorization", b"Bearer user-key"),
+        (b"x-api-key", b"user-key"),
+        (b"cookie", b"a=b"),
+        (b"accept-encoding", b"gzip"),
+        (b"x-request-id", b"abc"),
+        (b"if-none-match", b'"a"'),
+        (b"range", b"bytes=0-1"),
+        (b"traceparent", b"00-1-2-01"),
+        (b"x-session-id", b"s1"),
+        (b"x-many", b"1"),
+        (b"x-many", b"2"),
     ]
     kept = [(b"traceparent", b"00-1-2-01"), (b"x-session-id", b"s1"), (b"x-many", b"1"), (b"x-many", b"2")]
     assert wire.forwardable(headers, authorization=False) == kept
@@ -143,8 +144,8 @@ def test_headers_of_one_connection_do_not_travel() -> None:
 
 
 def test_of_a_backends_headers_only_those_meant_for_the_client_come_back() -> None:
-    headers = [(b"Content-Type", [b"a/b"]), (b"Set-Cookie", [b"sid=1"]), (b"Server", [b"x"]), (b"Retry-After", [b"3"])]
-    assert wire.returnable(headers) == [(b"Content-Type", b"a/b"), (b"Retry-After", b"3")]
+    headers = [(b"content-type", b"a/b"), (b"set-cookie", b"sid=1"), (b"server", b"x"), (b"retry-after", b"3")]
+    assert wire.returnable(headers) == [(b"content-type", b"a/b"), (b"retry-after", b"3")]
 
 
 @pytest.mark.parametrize(

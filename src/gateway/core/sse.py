@@ -7,7 +7,9 @@ can pass on exactly what came. Lines end with LF, CRLF or CR; an event ends with
 from __future__ import annotations
 
 import re
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 _END: Final = re.compile(rb"\n\n|\r\r|\n\r\n?|\r\n\r\n?|\r\n\n")
 _LINE: Final = re.compile(rb"\r\n|\n|\r")
@@ -22,7 +24,7 @@ class TooLong(ValueError):
     """An event grew past the decoder's limit without ending."""
 
 
-class Event(NamedTuple):
+class Event(msgspec.Struct, frozen=True, gc=False):
     """One event: ``data`` as the specification joins it (None if it had none: a comment, say),
     and ``raw``, the bytes it came as, its blank line included."""
 

@@ -76,7 +76,9 @@ def _usage(chunk: _Chunk) -> Usage | None:
 
 def _count(said: int | None) -> int:
     """A number of tokens that can be one, whatever the backend says: sums of them stay exact as floats."""
-    return min(max(said or 0, 0), _MOST)
+    if not said:
+        return 0
+    return said if 0 < said < _MOST else min(max(said, 0), _MOST)
 
 
 class UsageMeter:

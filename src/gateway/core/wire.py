@@ -165,28 +165,24 @@ _RETURNED: Final = frozenset(
 """What comes back of a backend's headers. The rest (Server, Set-Cookie, CORS...) is the backend's own affair."""
 
 
-_CREDENTIALS: Final = frozenset([b"authorization", b"x-api-key"])
+_NOT_FORWARDED_WITH_CREDENTIALS: Final = _NOT_FORWARDED - {b"authorization", b"x-api-key"}
 
 
-def forwardable(headers: Iterable[tuple[bytes, Sequence[bytes]]], *, authorization: bool) -> list[tuple[bytes, bytes]]:
-    """The client's headers that go on to a backend; ``authorization``: the caller's credentials too.
+def forwardable(headers: Sequence[tuple[bytes, bytes]], *, authorization: bool) -> list[tuple[bytes, bytes]]:
+    """Of the client's (lower-case name, value) headers those that go on to a backend.
 
-    Hop-by-hop headers stay, and those that Connection names (RFC 9110 section 7.6.1).
+    ``authorization``: the caller's credentials too. Hop-by-hop headers stay, and those that Connection names
+    (RFC 9110 section 7.6.1).
     """
-    kept = []
-    named: set[bytes] = set()
-    for given, values in headers:
-        name = given.lower()
-        if name not in _NOT_FORWARDED or (authorization and name in _CREDENTIALS):
-            kept += [(name, value) for value in values]
-        elif name == b"connection":
-            named.update(token.strip().lower() for value in values for token in value.split(b","))
+    stay = _NOT_FORWARDED_WITH_CREDENTIALS if authorization else _NOT_FORWARDED
+    kept = [pair for pair in headers if pair[0] not in stay]
+    named = {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
     return [pair for pair in kept if pair[0] not in named] if named else kept
 
 
-def returnable(headers: Iterable[tuple[bytes, Sequence[bytes]]]) -> list[tuple[bytes, bytes]]:
-    """The backend's headers that come back to the client."""
-    return [(name, value) for name, values in headers if name.lower() in _RETURNED for value in values]
+def returnable(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Of a backend's (lower-case name, value) headers those that come back to the client."""
+    return [pair for pair in headers if pair[0] in _RETURNED]
 
 
 _REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")

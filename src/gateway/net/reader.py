@@ -29,6 +29,7 @@ _NOT_HTTP: Final = frozenset(
 CHUNK_FRAMING: Final = 64
 """Bytes that a chunk may need beside its data."""
 
+_VERSIONS: Final = {"1.1": b"HTTP/1.1", "1.0": b"HTTP/1.0"}
 _SINGLE: Final = (b"host", b"content-length", b"transfer-encoding", b"expect")
 
 
@@ -94,6 +95,7 @@ class Reader:
         self._message: Message | None = None
         self._error: GatewayError | None = None
         self._pairs: Pairs = []
+        self._host: bytes | None = b""  # the last one that was good
         self._target = b""
         self._method = b""
         self._body: list[bytes] = []
@@ -115,7 +117,7 @@ class Reader:
             if not self._ended:  # else llhttp complains of bytes after a request that was the last
                 self.refuse(self._error or self._unparsable())
         else:
-            if self._is_mostly_framing() and not self._ended:
+            if self._unread > self._limits.max_header_bytes and self._is_mostly_framing() and not self._ended:
                 self.refuse(headers_too_large(self._limits))
 
     def _is_mostly_framing(self) -> bool:
@@ -182,7 +184,7 @@ class Reader:
             path = self._path()
         self._check(headers, version)
         persistent = version == "1.1" and (b"connection" not in headers.last or parser.should_keep_alive())
-        self._message = Message(method, self._target, path, b"HTTP/" + version.encode(), headers, persistent)
+        self._message = Message(method, self._target, path, _VERSIONS[version], headers, persistent)
         self.in_body = True
         self.body_bytes = self._trailers = self._trailer_bytes = 0
         self._body = []
@@ -217,15 +219,17 @@ class Reader:
             and sum(len(name) + len(value) + 4 for name, value in pairs) + len(self._target) > limits.max_header_bytes
         ):
             self._stop(headers_too_large(limits))
-        if version not in ("1.1", "1.0"):
+        if version not in _VERSIONS:
             self._bad("The request is not HTTP/1.1.")
         if len(last) != len(pairs):
             names = [name for name, _ in pairs]
             if any(names.count(name) > 1 for name in _SINGLE):
                 self._bad("Host, Content-Length, Transfer-Encoding and Expect may stand once each.")
         host = last.get(b"host")
-        if not _HOST.fullmatch(host) if host is not None else version == "1.1":
-            self._bad("The request needs exactly one valid Host header (RFC 9112 section 3.2).")
+        if host is None or host != self._host:  # a client names the same one each time
+            if not _HOST.fullmatch(host) if host is not None else version == "1.1":
+                self._bad("The request needs exactly one valid Host header (RFC 9112 section 3.2).")
+            self._host = host
         if b"transfer-encoding" in last and (last[b"transfer-encoding"].lower() != b"chunked" or version != "1.1"):
             self._bad("Transfer-Encoding must be 'chunked', and needs HTTP/1.1 (RFC 9112 section 6.1).")
         if int(last.get(b"content-length", b"0")) > limits.max_body:
@@ -243,7 +247,7 @@ class Reader:
         message = self._message
         if message is None or (b"upgrade" in message.headers.last and self._is_body_to_come(message.headers.last)):
             return
-        if self._is_mostly_framing():
+        if self._unread > self._limits.max_header_bytes and self._is_mostly_framing():
             self._stop(headers_too_large(self._limits))
         pieces = self._body
         message.body = pieces[0] if len(pieces) == 1 else b"".join(pieces)

@@ -15,6 +15,7 @@ from twisted.python.failure import Failure
 from twisted.web import http, server
 from twisted.web.http_headers import Headers
 
+from .headers import pairs_of
 from .reader import Message
 
 if TYPE_CHECKING:
@@ -158,27 +159,25 @@ class Request(server.Request):
 
     def _head(self) -> bytes:
         """The status line and the headers, and what they say of the body's end."""
-        fields = self._fields
+        fields: Any = self._fields
         if fields is None:
-            headers = self.responseHeaders.getAllRawHeaders()
-            pairs = [(name.lower(), value) for name, values in headers for value in values]
-            fields = dict(pairs)
+            fields = dict(pairs := pairs_of(self.responseHeaders))
         else:
-            pairs = list(fields.items())
+            pairs = fields.items()
         code = self.code
-        self._bodiless = self.method == b"HEAD" or code in _NO_BODY
+        lines = [_STATUS_LINES.get(code) or b"HTTP/1.1 %d \r\n" % code, self.site.date_line]  # type: ignore[union-attr]
+        lines += [b"%b: %b\r\n" % pair for pair in pairs]
+        self._bodiless = code in _NO_BODY or self.method == b"HEAD"
         if b"content-length" not in fields and not self._bodiless:
             if self.clientproto == b"HTTP/1.1":
                 self.chunked = 1
-                pairs.append((b"Transfer-Encoding", b"chunked"))
+                lines.append(b"Transfer-Encoding: chunked\r\n")
             else:
                 self.persistent = False  # the end of the connection is the end of the body
         if not self.persistent:
-            pairs.append((b"Connection", b"close"))
+            lines.append(b"Connection: close\r\n")
         if "cookies" in self.__dict__:
-            pairs += [(b"set-cookie", cookie) for cookie in self.cookies]
-        lines = [_STATUS_LINES.get(code) or b"HTTP/1.1 %d \r\n" % code, self.site.date_line]  # type: ignore[union-attr]
-        lines += [b"%b: %b\r\n" % pair for pair in pairs]
+            lines += [b"set-cookie: %b\r\n" % cookie for cookie in self.cookies]
         lines.append(b"\r\n")
         head = b"".join(lines)
         if head.count(b"\n") != len(lines) or head.count(b"\r") != len(lines):
