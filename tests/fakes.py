@@ -16,9 +16,11 @@ from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from gateway.app import App
-from gateway.backend import Backend, HTTPBackend, Kind
+from gateway.backend import Backend, HTTPBackend
 from gateway.core import wire
+from gateway.core.backend_settings import Kind
 from gateway.core.record import Record
+from gateway.core.settings import Settings
 from gateway.core.status import Status
 from gateway.dispatch import Dispatcher
 from gateway.exchange import Timeouts
@@ -119,7 +121,7 @@ class Gateway:
         client = BackendClient(self.agent)
         self.backend = backend or HTTPBackend("b", "http://b:1", client, self.clock, TIMEOUTS, kind=kind, **settings)
         self.dispatcher = Dispatcher(self.backend)
-        self.pool = Pool(self.backend, self.clock, 2.0, random=lambda: 0.5)
+        self.pool = Pool([self.backend], Settings(probe_down=1), self.clock, random=lambda: 0.5)
         self.records: list[Record] = []
         self.metrics = Metrics(self.status, self.clock.seconds)
         inference = Inference(self.dispatcher, self.clock.seconds, forward_authorization=False)

@@ -9,10 +9,11 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 from twisted.internet.task import Clock
 
-from gateway.backend import Answer, Probe, Stream
+from gateway.backend import Answer, Stream
 from gateway.core import sse, wire
 from gateway.core.errors import BackendFailed
 from gateway.core.record import Record
+from gateway.core.reports import Report
 from gateway.core.usage import Usage
 from gateway.echo import EchoBackend
 
@@ -227,7 +228,7 @@ class _Buggy:
     async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
         raise BackendFailed("backend_error", "no")
 
-    async def probe(self) -> Probe:
+    async def probe(self) -> Report:
         raise BackendFailed("backend_error", "no")
 
 

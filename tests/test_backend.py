@@ -14,8 +14,8 @@ from twisted.web._newclient import ParseError, RequestTransmissionFailed
 from twisted.web.client import ResponseFailed, ResponseNeverReceived
 from twisted.web.http import PotentialDataLoss
 
-from gateway.backend import Kind
 from gateway.core import sse
+from gateway.core.backend_settings import Kind
 from gateway.core.usage import UsageMeter
 
 from .conftest import Logged
@@ -625,36 +625,3 @@ def test_models_are_the_backends(gateway: Gateway) -> None:
         gateway.agent.answer(FakeResponse(401), b'{"error":"no key"}')
         answer = gateway.done(response)
         assert (answer.code, body_of(gateway, answer)) == (401, b'{"error":"no key"}')
-
-
-def test_a_llama_server_that_refuses_to_list_its_models_is_still_one() -> None:
-    gateway = Gateway(kind=None)
-    gateway.pool.startService()
-    gateway.agent.answer(FakeResponse(), listing("llamacpp"))
-    gateway.clock.advance(2.0)
-    gateway.agent.answer(FakeResponse(401), b"{}")
-    gateway.pool.stopService()
-    assert (gateway.pool.snapshot()[0].kind, gateway.pool.snapshot()[0].state) == ("llamacpp", "healthy")
-
-
-# --- the pool
-
-
-def test_the_pool_follows_the_backend() -> None:
-    gateway = Gateway(kind=None)
-    gateway.pool.startService()
-    assert gateway.pool.snapshot()[0].state == "warming"
-    gateway.agent.fail(error.ConnectionRefusedError())
-    assert gateway.pool.snapshot()[0].state == "unhealthy"
-    gateway.clock.advance(2.0)
-    gateway.agent.answer(FakeResponse(server="llama.cpp"), listing("x"))
-    seen = gateway.pool.snapshot()[0]
-    assert (seen.state, seen.kind, seen.models) == ("healthy", "llamacpp", frozenset({"m"}))
-    gateway.clock.advance(2.0)
-    gateway.clock.advance(5.0)  # the probe has its own, short timeout
-    assert gateway.pool.snapshot()[0].state == "unhealthy"
-    assert "first_byte_timeout" in gateway.pool.snapshot()[0].reason
-    gateway.clock.advance(2.0)
-    gateway.pool.stopService()
-    assert not gateway.clock.getDelayedCalls()
-    assert gateway.agent.cancelled == 2

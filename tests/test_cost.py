@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 from twisted.internet.testing import StringTransport
 
-from gateway.core.settings import Settings
+from gateway.core.settings import Source, resolve
 from gateway.logs import LineObserver
 from gateway.service import Gateway
 
@@ -65,7 +65,7 @@ class Both:
 
     def __init__(self, listening: socket.socket) -> None:
         self.reactor = Still()
-        settings = Settings(backend_url="http://127.0.0.1:9", backend_kind="openai")
+        settings = resolve([Source("test", "file", {"backend_url": "http://127.0.0.1:9", "backend_kind": "openai"})])
         gateway = Gateway(settings, self.reactor, listening, LineObserver(lambda line: None, "text"))
         self.channel = cast(Any, gateway.server.buildProtocol(None))
         self.client = StringTransport()

@@ -13,6 +13,7 @@ IMPURE = {"time", "socket", "asyncio", "threading", "os", "pathlib", "random", "
 LOW_TO_HIGH = [
     "net",
     "exchange",
+    "probe",
     "backend",
     "echo",
     "pool",

@@ -105,7 +105,7 @@ class Metrics:
             return ""
         if record.ended >= self._labels_until:
             self._labels_until = record.ended + LABELS_SECONDS
-            self._model_labels = {name: name for backend in self._status().backends for name in backend.models}
+            self._model_labels = {name: name for backend in self._status().backends for name in backend.models or ()}
         return self._model_labels.get(model, "other")
 
     # --- what it looks like from outside

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
@@ -25,6 +24,7 @@ from twisted.logger import ILogObserver, Logger
 from . import __version__
 from .app import App
 from .backend import Backend, HTTPBackend
+from .core.backend_settings import BackendSettings
 from .core.settings import Settings
 from .core.status import Status
 from .dispatch import Dispatcher
@@ -121,32 +121,31 @@ class Gateway(Service):
         self._port: IListeningPort | None = None
         self._stopping = False
         self._hurry: Deferred[None] = Deferred()
-        self._agent: Agent | None = None
-        self.backend = self._make_backend()
-        self.dispatcher = Dispatcher(self.backend)
-        self.pool = Pool(self.backend, reactor, settings.probe_interval)
+        self._agents: dict[float, Agent] = {}
+        self.backends = [self._make_backend(own) for own in settings.backends] or [EchoBackend(reactor, time.time)]
+        self.dispatcher = Dispatcher(self.backends[0])
+        self.pool = Pool(self.backends, settings, reactor)
         metrics = Metrics(self.status, time.monotonic)
         inference = Inference(self.dispatcher, time.monotonic, forward_authorization=settings.forward_authorization)
         observers = (metrics, access_log if observer is None else observer.access(reactor))
-        self.app = App(inference, self.backend, self.status, metrics, observers, time.monotonic)
+        self.app = App(inference, self.backends[0], self.status, metrics, observers, time.monotonic)
         limits = Limits(settings.max_body, settings.max_connections, settings.client_timeout, settings.idle_timeout)
         self.server = Server(self.app.resource(), limits, reactor, self.app.refused, self.app.known())
 
-    def _make_backend(self) -> Backend:
-        settings = self._settings
-        if settings.backend_url is None:
-            return EchoBackend(self._reactor, time.time)
-        self._agent = Agent(self._reactor, settings.connect_timeout)
+    def _make_backend(self, own: BackendSettings) -> Backend:
+        """Backends share an agent, unless they differ in how long a connection may take."""
+        agent = self._agents.setdefault(own.connect_timeout, Agent(self._reactor, own.connect_timeout))
         return HTTPBackend(
-            urlsplit(settings.backend_url).netloc,
-            settings.backend_url,
-            BackendClient(self._agent),
+            own.name,
+            own.url,
+            BackendClient(agent),
             self._reactor,
-            Timeouts(settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout),
-            kind=None if settings.backend_kind == "auto" else settings.backend_kind,
-            api_key=settings.backend_api_key,
-            stream_usage=settings.stream_usage,
-            max_answer=settings.max_answer,
+            Timeouts(own.first_byte_timeout, own.idle_timeout, own.total_timeout),
+            kind=None if own.kind == "auto" else own.kind,
+            api_key=own.api_key,
+            own_key=own.api_key is not None or not self._settings.forward_authorization,
+            stream_usage=own.stream_usage,
+            max_answer=self._settings.max_answer,
         )
 
     def status(self) -> Status:
@@ -185,7 +184,7 @@ class Gateway(Service):
             version=__version__,
             host=host,
             port=address.port,
-            backend=self._settings.backend_url or "none: requests are echoed",
+            backend=", ".join(own.url for own in self._settings.backends) or "none: requests are echoed",
         )
 
     def _install_signals(self) -> None:
@@ -240,8 +239,8 @@ class Gateway(Service):
         await self._first_of(FLUSH_SECONDS, drained)
         self.server.abort()
         self.pool.stopService()
-        if self._agent is not None:
-            self._agent.close()
+        for agent in self._agents.values():
+            agent.close()
         super().stopService()
         _log.info("stopped")
 

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.core.settings import TABLE, Settings, SettingsError, Source, env_example, markdown, option_rows, resolve
+from gateway.core.readers import SettingsError
+from gateway.core.settings import TABLE, Settings, Source, env_example, markdown, option_rows, resolve
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +55,10 @@ def test_an_empty_value_is_as_good_as_none() -> None:
         (env(BACKEND_URL="http://user:secret@host"), "without user"),
         (env(BACKEND_URL="http://host:99999"), "is not a URL such as"),
         (env(BACKEND_URL="http://host/?q=1"), "is not a URL such as"),
-        (env(GATEWAY_BACKEND_KIND="vlm"), "GATEWAY_BACKEND_KIND: 'vlm' is not one of auto, llamacpp, openai"),
+        (
+            env(GATEWAY_BACKEND_KIND="vlm"),
+            "GATEWAY_BACKEND_KIND: 'vlm' is not one of auto, llamacpp, vllm, sglang, ollama, tgi, openai",
+        ),
         (option(max_body="32MB"), "--max-body: '32MB' is not a size from"),
         (option(grace="soon"), "--grace: 'soon' is not a duration"),
         (option(idle_timeout="0"), "--idle-timeout: '0' is not a duration from 0.01 s"),
@@ -109,7 +113,7 @@ def test_sizes_carry_their_unit(text: str, value: int) -> None:
     ],
 )
 def test_a_base_url_is_brought_into_one_form(url: str, expected: str) -> None:
-    assert resolve([env(BACKEND_URL=url)]).backend_url == expected
+    assert resolve([env(BACKEND_URL=url)]).backend_url == (expected,)
 
 
 @given(st.sampled_from([row for row in TABLE if not row.secret]), st.text() | st.integers() | st.floats() | st.booleans())
