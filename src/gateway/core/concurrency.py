@@ -32,6 +32,9 @@ HELPED: Final = 0.8
 REMEASURED: Final = 50
 """Windows after which the time without a queue is measured again: a backend may have become slower or faster."""
 
+SHRUNK: Final = 3
+"""After so many shrinking steps in a row it is measured at once."""
+
 
 class ConcurrencyLimit:
     """`value` requests at a time."""
@@ -41,10 +44,12 @@ class ConcurrencyLimit:
         self._seconds: list[float] = []
         self._ratios: list[float] = []
         self._most = 0
+        self._old = 0  # requests still to come that were sent under another limit: they do not count
         self._without_queue: float | None = None
         self._before: tuple[float, float] | None = None  # while measuring: the limit and the ratio that it lowered
         self._growing_fast = True
         self._windows = 0
+        self._shrunk = 0
 
     @property
     def value(self) -> int:
@@ -53,13 +58,18 @@ class ConcurrencyLimit:
     def observe(self, seconds: float, ratio: float, held: int) -> None:
         """A first token after ``seconds``, which is ``ratio`` in units of what its prompt lets expect, while the backend
         held so many requests."""
+        if self._old > 0:
+            self._old -= 1
+            return
         self._seconds.append(seconds)
         self._ratios.append(ratio)
         self._most = max(self._most, held)
         if len(self._ratios) >= WINDOW:
             quick, ratio, most = median(self._seconds) <= QUICK, median(self._ratios), self._most
             self._seconds, self._ratios, self._most = [], [], 0
+            before = self.value
             self._judge(ratio, quick, full=most >= self._limit / 2)
+            self._old = held if self.value != before else 0
 
     def _judge(self, ratio: float, quick: bool, *, full: bool) -> None:
         self._windows += 1
@@ -70,7 +80,7 @@ class ConcurrencyLimit:
             self._without_queue = min(ratio, self._without_queue or ratio)
         elif quick:
             self._grow()
-        elif self._without_queue is None or self._windows >= REMEASURED:
+        elif self._without_queue is None or self._windows >= REMEASURED or self._shrunk >= SHRUNK:
             self._lower(ratio)
         else:
             self._follow(ratio, self._without_queue)
@@ -82,9 +92,11 @@ class ConcurrencyLimit:
             self._grow()
         else:
             self._growing_fast = False
+            self._shrunk += 1
             self._set(self._limit * max(gradient, 0.5))
 
     def _grow(self) -> None:
+        self._shrunk = 0
         self._set(self._limit * 2 if self._growing_fast else self._limit + math.sqrt(self._limit))
 
     def _lower(self, ratio: float) -> None:
@@ -98,8 +110,11 @@ class ConcurrencyLimit:
             self._growing_fast = False
             self._lower(ratio)
             return
-        self._before = None
-        self._without_queue, self._windows = min(ratio, before), 0
+        found, known = min(ratio, before), self._without_queue
+        # a backend that has become slower by itself was taken to have a queue: make good for that
+        self._growing_fast |= known is not None and found > TOLERANCE * known
+        self._before, self._without_queue = None, found
+        self._windows = self._shrunk = 0
         self._set(limit)
 
     def _set(self, limit: float) -> None:

@@ -231,7 +231,10 @@ class Health:
 
 
 def _keeping(before: Report, report: Report) -> Report:
-    """A report that leaves out what was known, as one of a server that still loads, does not take it away."""
+    """A report that leaves out what was known, as one of a server that still loads, does not take it away. A load that
+    is not told this time becomes stale by itself."""
+    if report.load is None:
+        report = report._replace(load=before.load)
     if report.state == "healthy":
         return report
     kept = report._replace(slots=before.slots, kv_tokens=before.kv_tokens, started=before.started)

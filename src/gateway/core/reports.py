@@ -251,11 +251,12 @@ SIGNS: Final[tuple[tuple[str, Parse, Kind], ...]] = (
 )
 """Where a kind shows that its list of models does not tell."""
 
-_OWNERS: Final[dict[object, Kind]] = {"llamacpp": "llamacpp", "vllm": "vllm", "sglang": "sglang"}
+_OWNERS: Final[dict[str, Kind]] = {"llamacpp": "llamacpp", "vllm": "vllm", "sglang": "sglang"}
 
 
 def kind_of(server: bytes, entries: list[dict[str, Any]]) -> Kind | None:
     """What the Server header and the owners of the models say that it is."""
     if server.lower().startswith(b"llama.cpp"):
         return "llamacpp"
-    return next((_OWNERS[one.get("owned_by")] for one in entries if one.get("owned_by") in _OWNERS), None)
+    owners = [str(one.get("owned_by")) for one in entries]
+    return next((_OWNERS[owner] for owner in owners if owner in _OWNERS), None)
