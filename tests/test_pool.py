@@ -173,7 +173,7 @@ def test_models_are_the_union_and_stay_known_while_their_backend_is_down() -> No
     pool.clock.advance(2.0)
     b.says = c.says = REFUSED
     pool.clock.advance(2.0)
-    assert pool.pool.known_models() == {"m", "n"}
+    assert pool.pool.known_models() == frozenset({"m", "n"})
     assert len(pool.pool.models()) == 2
 
 
@@ -202,7 +202,7 @@ def test_a_probe_with_a_bug_is_logged_and_goes_on(logged: Logged) -> None:
 class Looked:
     """A pool of one HTTP backend, whose pages a test gives; what it has not is 404."""
 
-    def __init__(self, kind: Kind | None = None, own_key: bool = True, **pages: Any) -> None:
+    def __init__(self, kind: Kind | None = None, own_key: bool = True) -> None:
         self.clock = Clock()
         self.agent = FakeAgent()
         self.pages: dict[str, Any] = {}
@@ -260,7 +260,7 @@ def test_a_server_that_comes_back_is_asked_everything_anew() -> None:
     assert looked.look().kind == "vllm"
     looked.pages["/health"] = error.ConnectionRefusedError()
     state = looked.look()
-    assert (state.state, state.kind, state.models) == ("unhealthy", "vllm", {"m"})
+    assert (state.state, state.kind, state.models) == ("unhealthy", "vllm", frozenset({"m"}))
     assert state.reason.startswith("backend_unreachable: ")
     looked.server = "llama.cpp"
     looked.pages = {"/v1/models": 503, "/health": 503}

@@ -60,7 +60,7 @@ def test_a_backend_that_says_it_loads_is_believed_at_once_and_keeps_its_models()
     backend = health()
     backend.reported(Report("llamacpp", "warming", "it loads its model"), 1.0)
     assert states(backend, 1.0) == ("warming", False)
-    assert backend.state(1.0).models == {"m"}
+    assert backend.state(1.0).models == frozenset({"m"})
 
 
 @pytest.mark.parametrize(
@@ -169,15 +169,16 @@ def test_slots_are_the_settings_then_what_is_reported_then_found_out() -> None:
 
 def test_models_of_the_settings_come_before_those_it_lists() -> None:
     backend = health(models=("mine", "m"))
-    assert backend.models == {"mine", "m"}
+    assert backend.models == frozenset({"mine", "m"})
     assert backend.entries() == [{"id": "mine", "object": "model", "created": 0, "owned_by": "a"}, {"id": "m"}]
 
 
 # --- all together
 
 
-def offered(*backends: Health, now: float = 0.0, panic: bool = True) -> dict[str, frozenset[str] | None]:
-    return {offer.name: offer.models for offer in offers(backends, now, panic=panic) if offer.accepting}
+def offered(*backends: Health, now: float = 0.0, panic: bool = True) -> dict[str, set[str]]:
+    """The models for which each backend that accepts is offered; "any" for any."""
+    return {offer.name: set(offer.models or ["any"]) for offer in offers(backends, now, panic=panic) if offer.accepting}
 
 
 def down(name: str, *ids: str) -> Health:
@@ -214,4 +215,4 @@ def test_neither_a_draining_backend_nor_one_with_a_wrong_key_is_a_last_resort() 
     keyless.reported(Report("vllm", "config_error", "401", key_refused=True), 1.0)
     assert offered(draining, keyless, now=1.0) == {}
     lost.reported(Report("openai", "config_error", "404"), 1.0)
-    assert offered(draining, keyless, lost, now=1.0) == {"lost": None}
+    assert offered(draining, keyless, lost, now=1.0) == {"lost": {"any"}}
