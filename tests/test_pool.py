@@ -303,6 +303,12 @@ def test_nothing_at_all_under_the_url_is_an_error_of_the_settings_but_still_a_la
     assert looked.look().state == "healthy"
 
 
+def test_a_server_that_knows_only_the_endpoint_itself_is_there() -> None:
+    looked = Looked()
+    looked.pages = {"/v1/chat/completions": 405}
+    assert (looked.look().state, looked.pool.known_models()) == ("healthy", None)
+
+
 @pytest.mark.parametrize("status", [405, 501])
 def test_a_server_without_a_list_of_models_is_there_all_the_same(status: int) -> None:
     looked = Looked()

@@ -127,7 +127,8 @@ class Prober:
         return self.kind
 
     async def _identify(self) -> None:
-        """By its list of models; if that does not tell, by the pages that only one kind has."""
+        """By its list of models; if that does not tell, by the pages that only one kind has. Where there is none of them,
+        a GET of the endpoint itself mostly says that it takes POST."""
         listing = await self._get(MODELS)
         kind = kind_of(listing.server, _entries(listing) or [])
         self.kind = kind or self.kind
@@ -138,7 +139,7 @@ class Prober:
             page = await self._get(path)
             silent = silent and page.status == 404
             kind = sign if page.ok and parse(page.body) is not None else None
-        if kind is None and silent:
+        if kind is None and silent and (await self._get(wire.CHAT_COMPLETIONS)).status == 404:
             reason = "there is nothing under its URL: whatever it was asked, it answered 404"
             raise _NotHealthy(Report(self.kind or "openai", "config_error", reason))
         self._lacks.clear()

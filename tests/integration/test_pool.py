@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,16 @@ KINDS: dict[str, Pages] = {
 """What is told: 4 slots (if slots are), 4096 tokens, 3 running, 2 waiting."""
 
 
+class Threads(ThreadingHTTPServer):
+    """A client that leaves in the middle, as a pool that stops does, is no news."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
 class ModelServer:
     """Answers GET with its pages, one a connection, in threads; a page that is a number is a status. Counts what else
     comes."""
@@ -93,8 +104,7 @@ class ModelServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._http = ThreadingHTTPServer(("127.0.0.1", port), Answer)
-        self._http.daemon_threads = True
+        self._http = Threads(("127.0.0.1", port), Answer)
         self.port = self._http.server_address[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=[0.02])

@@ -101,7 +101,8 @@ class Health:
 
     def first_token(self, seconds: float, expected: float) -> None:
         """A request had its first token after ``seconds``; an idle backend would take ``expected``, in any unit."""
-        self._limit.observe(seconds, seconds / max(expected, 1e-9), self.held)
+        if self._adapts():
+            self._limit.observe(seconds, seconds / max(expected, 1e-9), self.held)
 
     def succeeded(self, era: int, first_byte: float, now: float) -> None:
         """A request was answered, with the first byte after so many seconds."""
@@ -201,9 +202,11 @@ class Health:
     def _slots(self, now: float) -> int | None:
         if self._breaker.state(now) == "half_open":
             return self.held + 1
-        if self._rules.adaptive_concurrency and self.report.load is None:
-            return self._slots_of_its_own() or self._limit.value
-        return self._slots_of_its_own()
+        return self._limit.value if self._adapts() else self._slots_of_its_own()
+
+    def _adapts(self) -> bool:
+        """Neither slots nor load are told, so the limit is found out."""
+        return self._rules.adaptive_concurrency and self.report.load is None and self._slots_of_its_own() is None
 
     def offer(self, now: float) -> Offer:
         """As the scheduler needs it. A half-open breaker offers one slot more than is held."""
