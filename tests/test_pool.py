@@ -112,6 +112,16 @@ def test_failed_requests_open_the_breaker_and_time_alone_lets_one_request_try_ag
     assert (pool.offers()["a"].accepting, pool.states()["a"]) == (True, "healthy")
 
 
+def test_a_pool_that_stops_waits_for_nothing() -> None:
+    pool = Watched(FakeBackend("a"), FakeBackend("b"), breaker_failures=1)
+    pool.fail("a", 1)
+    pool.pool.rate_limited("b", pool.pool.sent("b"), 5.0)
+    left = pool.pool.sent("b")
+    pool.pool.stopService()
+    pool.pool.failed("b", left, REFUSED)
+    assert not pool.clock.getDelayedCalls()
+
+
 def test_a_client_that_leaves_and_a_4xx_are_held_against_nobody() -> None:
     pool = Watched(FakeBackend("a"), breaker_failures=1)
     seen = len(pool.seen)

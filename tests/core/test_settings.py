@@ -184,6 +184,8 @@ def test_a_table_says_how_its_backend_differs() -> None:
 def test_the_last_source_that_names_backends_names_them_all() -> None:
     assert [one.name for one in resolve([backends(A, B), env(BACKEND_URL="http://c:3")]).backends] == ["c:3"]
     assert [one.name for one in resolve([backends(A, B), env(BACKEND_URL="")]).backends] == ["a:1", "second"]
+    last = resolve([env(BACKEND_URL="http://c:3"), backends(A)])
+    assert (last.backend_url, [one.name for one in last.backends]) == (None, ["a:1"])
 
 
 def test_backends_under_one_host_are_told_apart_by_their_paths() -> None:
