@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Final
 
 from .fair import Accounts
@@ -18,6 +18,9 @@ from .tickets import PRIORITIES, Bounds, Ticket
 
 PATIENCE: Final = (0.0, 10.0, 60.0)
 """Seconds after which a waiting ticket of a priority counts as interactive."""
+
+MEMORY: Final = 30.0
+"""Seconds over which the rate is measured at which the queue drains."""
 
 _Line = list[tuple[float, int, Ticket]]
 
@@ -36,6 +39,9 @@ class AdmissionQueue:
         self._waiting: dict[str, int] = {}  # by tenant
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._serial = 0
+        self._at = 0.0
+        self._elapsed = 0.0  # seconds in which somebody waited, faded by age
+        self._served = 0.0  # tickets served in them
 
     def __len__(self) -> int:
         return sum(self.depth)
@@ -44,8 +50,9 @@ class AdmissionQueue:
         """There is room for it."""
         return sum(self.depth) < self.bounds.requests and self.bytes + ticket.size <= self.bounds.bytes
 
-    def put(self, ticket: Ticket) -> None:
+    def put(self, ticket: Ticket, now: float) -> None:
         """The ticket waits from now on; its ``key`` and ``seconds`` are set."""
+        self._clock(now)
         self._serial += 1
         ticket.serial = self._serial
         ticket.waiting = True
@@ -57,8 +64,27 @@ class AdmissionQueue:
         self.depth[ticket.priority] += 1
         self.bytes += ticket.size
         self.work += ticket.seconds
-        if ticket.deadline != math.inf:
-            heapq.heappush(self._deadlines, (ticket.deadline, self._serial, ticket))
+        due = min(ticket.deadline, ticket.expires)
+        if due != math.inf:
+            heapq.heappush(self._deadlines, (due, self._serial, ticket))
+
+    def serve(self, ticket: Ticket, now: float) -> None:
+        """The ticket has a backend, and waits no longer."""
+        self._clock(now)
+        self._served += 1.0
+        self.remove(ticket)
+
+    def seconds_for(self, tickets: int) -> float | None:
+        """How long it takes to serve so many, at the rate of the last half minute of waiting; None: not known."""
+        return tickets * self._elapsed / self._served if self._served >= 2.0 else None
+
+    def _clock(self, now: float) -> None:
+        """Time passed; it counts if somebody waited."""
+        passed, self._at = now - self._at, now
+        if passed > 0.0 and self._lines:
+            fade = math.exp(-passed / MEMORY)
+            self._elapsed = self._elapsed * fade + (1.0 - fade) * MEMORY
+            self._served *= fade
 
     def remove(self, ticket: Ticket) -> None:
         """The ticket, which waits, waits no longer."""
@@ -82,9 +108,9 @@ class AdmissionQueue:
         """Those that tickets wait for."""
         return {model for model, _, _ in self._lines}
 
-    def scan(self, models: set[str], now: float, charge: Callable[[Ticket], float]) -> Iterator[Ticket]:
-        """Tickets for these models in the order in which they should be served; the queue must not change meanwhile.
-        ``charge`` says by how much serving a ticket would raise its tenant's account."""
+    def scan(self, models: set[str], now: float, most: int) -> Iterator[Ticket]:
+        """Tickets for these models in the order in which they should be served, so many at most; the queue must not change
+        meanwhile."""
         lines = [(name, line) for name, line in self._lines.items() if name[0] in models]
         if not lines:
             return
@@ -92,18 +118,19 @@ class AdmissionQueue:
         of = self._accounts.of
         heap = [(_level(line[0][2], top, now), of(name[2]), line[0][:2], 0, line) for name, line in lines]
         if len(heap) == 1:
-            yield from [ticket for _, _, ticket in heap[0][4]]
+            yield from [ticket for _, _, ticket in lines[0][1][:most]]
             return
         self._accounts.advance(min(entry[1] for entry in heap))
         heapq.heapify(heap)
-        while heap:
+        while heap and most:
+            most -= 1
             _, account, _, place, line = heap[0]
             ticket = line[place][2]
             yield ticket
             place += 1
             if place < len(line):
                 following = line[place]
-                raised = account + charge(ticket)
+                raised = account + ticket.tokens / ticket.weight
                 heapq.heapreplace(heap, (_level(following[2], top, now), raised, following[:2], place, line))
             else:
                 heapq.heappop(heap)

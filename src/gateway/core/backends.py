@@ -1,6 +1,8 @@
 """What the scheduler knows of each backend, as parallel lists: backend ``i`` is everyone's ``[i]``.
 
-A decision looks at every backend, so what it needs is kept ready, and changed when something happens to one of them.
+A decision looks at every backend, so what it needs is kept ready, and changed when something happens to one of them. The
+times that matter most are ``drained[i]``, when the prompts there are predicted to be read, and ``floor[i]``, the seconds that
+it takes at least from any time on, because the first of them is late.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from .tickets import Load, Ticket
 STALE: Final = 15.0
 """Seconds after which a reported load is not believed any more."""
 
-UNKNOWN_CACHE: Final = 1_500_000
-"""Tokens that a cache of unknown size is thought to hold, until usage shows how many it does."""
+FULL: Final = 0.95
+"""The part of a KV memory in use at which nothing more fits."""
 
 
 class Backends:
@@ -28,22 +30,29 @@ class Backends:
         self.models: list[frozenset[str] | None] = []
         self.accepting: list[bool] = []
         self.slots: list[float] = []
-        self.kv_tokens: list[float] = []
-        self.sized: list[bool] = []  # the size of the cache was told, not learned
+        self.kv_tokens: list[float] = []  # 0: not told
         self.weight: list[float] = []
         self.cost: list[float] = []
         self.inflight: list[int] = []
         self.others: list[int] = []  # requests there that are not ours, as reported
         self.others_at: list[float] = []
+        self.crowded: list[bool] = []  # its KV memory is full, as reported
         self.busy: list[int] = []  # inflight + others
         self.decoding: list[int] = []
         self.pending: list[dict[Ticket, None]] = []  # no first token yet, in the order they were sent
         self.queued: list[float] = []  # seconds of work of those
         self.since: list[float] = []  # when the backend began with the first of those
-        self.tokens: list[float] = []  # outstanding work: prompts and expected outputs of requests in flight
+        self.drained: list[float] = []
+        self.floor: list[float] = []
+        self.tokens: list[float] = []  # prompts and expected outputs of requests in flight
         self.rates = ServiceRates()
         self.index = PrefixIndex()
-        self.units_per_token = 1.0
+        self.residence = 5.0  # seconds from a first token to the end of an answer, on average
+        self.pressure = 0.0  # the part of the backends with prompts queued, as arrivals find them
+        self.theta = 0.0  # what a second of prompt work costs those that come later, in seconds
+        self.gamma = 0.02  # what it costs each sequence that is being decoded there
+        self.bounded = 0  # backends with a known number of slots
+        self._reported = False
         self._eligible: dict[str, tuple[int, ...]] = {}
 
     def __len__(self) -> int:
@@ -55,120 +64,95 @@ class Backends:
             i = self.names.index("")
             self.rates.forget(i, weight)
         else:
-            i = len(self.names)
-            self.rates.add(weight)
-            self.index.add(0.0)
-            for row in (
-                self.slots,
-                self.kv_tokens,
-                self.weight,
-                self.cost,
-                self.others_at,
-                self.queued,
-                self.since,
-                self.tokens,
-            ):
-                row.append(0.0)
-            for counts in (self.inflight, self.others, self.busy, self.decoding):
-                counts.append(0)
-            self.names.append("")
-            self.models.append(None)
-            self.accepting.append(False)
-            self.sized.append(False)
-            self.pending.append({})
+            i = self._grow(weight)
         self.names[i] = name
         self.place[name] = i
         return i
 
-    def set(
-        self,
-        i: int,
-        models: frozenset[str] | None,
-        accepting: bool,
-        slots: int | None,
-        kv_tokens: int | None,
-        weight: float,
-        cost: float,
-    ) -> None:
-        """What is told of backend ``i``."""
+    def _grow(self, weight: float) -> int:
+        self.rates.add(weight)
+        self.index.add(0.0)
+        for numbers in (self.kv_tokens, self.weight, self.cost, self.others_at, self.queued, self.since, self.drained):
+            numbers.append(0.0)
+        for numbers in (self.floor, self.tokens):
+            numbers.append(0.0)
+        for counts in (self.inflight, self.others, self.busy, self.decoding):
+            counts.append(0)
+        for flags in (self.accepting, self.crowded):
+            flags.append(False)
+        self.slots.append(math.inf)
+        self.names.append("")
+        self.models.append(None)
+        self.pending.append({})
+        return len(self.names) - 1
+
+    def serve(self, i: int, models: frozenset[str] | None, accepting: bool) -> None:
+        """What backend ``i`` serves, and whether it does now."""
         if (self.models[i], self.accepting[i]) != (models, accepting):
             self.models[i], self.accepting[i] = models, accepting
             self._eligible.clear()
-        self.slots[i] = math.inf if slots is None else slots
-        self.weight[i], self.cost[i] = weight, cost
-        told = kv_tokens is not None
-        if told != self.sized[i] or (told and kv_tokens != self.kv_tokens[i]) or not self.kv_tokens[i]:
-            self.sized[i] = told
-            self.resize(i, kv_tokens or UNKNOWN_CACHE)
 
-    def resize(self, i: int, kv_tokens: float) -> None:
-        """Backend ``i``'s cache holds so many tokens."""
-        self.kv_tokens[i] = kv_tokens
-        self.index.resize(i, kv_tokens * self.units_per_token)
+    def seat(self, i: int, slots: int | None) -> None:
+        """Backend ``i`` works on so many requests at once (None: nobody knows)."""
+        self.slots[i] = math.inf if slots is None else slots
+        self.bounded = len(self.slots) - self.slots.count(math.inf)
 
     def report(self, i: int, load: Load | None) -> None:
         """What backend ``i`` says of its load: what is more than ours are others' requests."""
         self.others[i] = max(0, load.running + load.waiting - self.inflight[i]) if load else 0
         self.others_at[i] = load.at if load else 0.0
+        self.crowded[i] = load is not None and load.kv_usage >= FULL
         self.busy[i] = self.inflight[i] + self.others[i]
+        self._reported = any(self.others) or any(self.crowded)
 
     def doubt(self, now: float) -> None:
         """Reported loads of long ago count no more."""
-        for i, others in enumerate(self.others):
-            if others and now - self.others_at[i] > STALE:
-                self.report(i, None)
+        if self._reported:
+            for i, at in enumerate(self.others_at):
+                if at and now - at > STALE:
+                    self.report(i, None)
 
     def free(self, i: int) -> None:
         """Backend ``i`` is gone; its place is free once nothing of it is in flight."""
-        self.accepting[i] = False
-        self._eligible.clear()
+        self.serve(i, frozenset(), accepting=False)
+        self.seat(i, None)
         self.report(i, None)
         self.index.clear(i)
-        self.vacate(i)
+        self._vacate(i)
 
-    def vacate(self, i: int) -> None:
-        """Let a removed backend's place be used again if nothing is in flight there."""
+    def _vacate(self, i: int) -> None:
         if self.place.get(self.names[i]) != i and not self.inflight[i]:
             self.names[i] = ""
-            self.kv_tokens[i] = 0.0
 
     def eligible(self, model: str) -> tuple[int, ...]:
         """The accepting backends that have the model."""
         found = self._eligible.get(model)
         if found is None:
-            found = tuple(
-                i for i, models in enumerate(self.models) if self.accepting[i] and (models is None or model in models)
-            )
+            rows = enumerate(zip(self.accepting, self.models, strict=True))
+            found = tuple(i for i, (accepting, models) in rows if accepting and (models is None or model in models))
             if len(self._eligible) >= 1024:
                 self._eligible.clear()
             self._eligible[model] = found
         return found
 
     def waits(self, now: float) -> list[float]:
-        """Seconds until each backend's prompt queue is predicted to be empty."""
-        return [0.0 if not queued else self.wait(i, now) for i, queued in enumerate(self.queued)]
+        """Seconds until each backend's prompts are predicted to be read."""
+        return [
+            drained - now if drained - now > floor else floor for drained, floor in zip(self.drained, self.floor, strict=True)
+        ]
 
-    def wait(self, i: int, now: float) -> float:
-        """The same for one backend. A prompt that should be done, and is not, takes no more time from now on."""
-        pending = self.pending[i]
-        if not pending:
-            return 0.0
-        head = next(iter(pending))
-        passed = now - self.since[i]
-        while passed >= head.seconds and not head.streams:  # nobody tells: take it as done
-            self._done(i, head)
-            self.since[i] += head.seconds
-            head.first_token_at = self.since[i]
-            self.decoding[i] += 1
-            if not pending:
-                return 0.0
-            head = next(iter(pending))
-            passed = now - self.since[i]
-        return self.queued[i] - min(passed, head.seconds)
+    def arrival(self, waits: list[float]) -> None:
+        """A ticket has come, and finds the backends like this."""
+        idle = waits.count(0.0) / len(waits) if waits else 1.0
+        u = self.pressure = self.pressure + 0.02 * (1.0 - idle - self.pressure)
+        self.theta = min(2.0, 0.25 * u / max(1e-3, 1.0 - u))
+        self.gamma = max(0.02, 0.06 * u)
 
     def bind(self, i: int, ticket: Ticket, now: float) -> None:
-        """The ticket goes to backend ``i``; its ``seconds``, ``cached_tokens`` and ``known`` are set."""
+        """The ticket goes to backend ``i``; its ``seconds`` and ``tokens`` are set."""
         pending = self.pending[i]
+        if pending:
+            self._settle(i, now)
         if not pending:
             self.since[i] = now
         pending[ticket] = None
@@ -176,37 +160,56 @@ class Backends:
         self.inflight[i] += 1
         self.busy[i] += 1
         self.tokens[i] += ticket.tokens
+        self._predict(i)
 
     def first_token(self, i: int, ticket: Ticket, now: float) -> None:
-        """The ticket's prompt is read."""
-        if ticket.first_token_at is not None:
-            return
+        """Backend ``i`` has read the ticket's prompt."""
+        self._settle(i, now)
         if ticket in self.pending[i]:
             ticket.started = max(self.since[i], ticket.granted_at)
             ticket.overlapped = max(self.since[i] - ticket.granted_at, 0.0)
-            self._done(i, ticket)
-            self.since[i] = now
-        ticket.first_token_at = now
-        self.decoding[i] += 1
+            ticket.told = True
+            self._read(i, ticket, now)
+            self._predict(i)
 
     def release(self, i: int, ticket: Ticket, now: float) -> None:
-        """The ticket is done there."""
+        """Backend ``i`` is done with the ticket."""
+        self._settle(i, now)
         if ticket in self.pending[i]:
-            if next(iter(self.pending[i])) is ticket:
-                self.since[i] = now
-            self._done(i, ticket)
-        if ticket.first_token_at is not None:
-            self.decoding[i] -= 1
+            first = next(iter(self.pending[i])) is ticket
+            self._read(i, ticket, now if first else self.since[i])
+            ticket.first_token_at = None
+        self.decoding[i] -= 1
         self.inflight[i] -= 1
         self.busy[i] -= 1
-        self.tokens[i] -= ticket.tokens
-        if not self.inflight[i]:
-            self.tokens[i] = 0.0
-            self.vacate(i)
+        self.tokens[i] = self.tokens[i] - ticket.tokens if self.inflight[i] else 0.0
+        self._predict(i)
+        self._vacate(i)
 
-    def _done(self, i: int, ticket: Ticket) -> None:
+    def _settle(self, i: int, now: float) -> None:
+        """Nobody tells when a prompt is read whose answer is not streamed: it is taken to be when that was predicted."""
+        pending = self.pending[i]
+        while pending:
+            head = next(iter(pending))
+            if head.streams or now - self.since[i] < head.seconds:
+                return
+            self._read(i, head, self.since[i] + head.seconds)
+
+    def _read(self, i: int, ticket: Ticket, now: float) -> None:
         del self.pending[i][ticket]
         self.queued[i] = self.queued[i] - ticket.seconds if self.pending[i] else 0.0
+        self.since[i] = now
+        self.decoding[i] += 1
+        ticket.first_token_at = now
+
+    def _predict(self, i: int) -> None:
+        pending = self.pending[i]
+        if pending:
+            head = next(iter(pending))
+            self.drained[i] = self.since[i] + self.queued[i]
+            self.floor[i] = max(self.queued[i] - head.seconds, 0.0) if head.streams else 0.0
+        else:
+            self.drained[i] = self.floor[i] = 0.0
 
     def seconds(self, i: int, prompt: int, cached: int) -> float:
         """Backend ``i``'s time to read a prompt of which it has so much cached."""

@@ -53,6 +53,8 @@ class PrefixIndex:
         self._lru: list[OrderedDict[int, int]] = []
         self.capacity: list[float] = []
         self.size: list[int] = []
+        self.version = 0
+        """It changes whenever `match` may have another answer."""
 
     def __len__(self) -> int:
         return len(self._holders)
@@ -86,6 +88,7 @@ class PrefixIndex:
         bit = 1 << backend
         holders = self._holders
         depth = len(keys)
+        self.version += depth > known
         for k in range(depth - 1, known - 1, -1):
             key = keys[k]
             if key not in lru:
@@ -99,6 +102,7 @@ class PrefixIndex:
 
     def forget(self, backend: int, blocks: Blocks, known: int) -> None:
         """The backend does not hold more than the first ``known`` of these blocks after all."""
+        self.version += 1
         lru = self._lru[backend]
         for key in blocks.keys[known:]:
             if key in lru:
@@ -107,6 +111,7 @@ class PrefixIndex:
 
     def clear(self, backend: int) -> None:
         """The backend's cache is empty."""
+        self.version += 1
         for key in self._lru[backend]:
             self._unmark(key, 1 << backend)
         self._lru[backend].clear()
@@ -114,6 +119,7 @@ class PrefixIndex:
 
     def resize(self, backend: int, capacity: float) -> None:
         """The backend's cache holds this much."""
+        self.version += 1
         self.capacity[backend] = capacity
         self._shrink(backend)
 

@@ -13,11 +13,11 @@ PRIORITIES: Final = ("interactive", "default", "batch")
 
 
 class Ticket(msgspec.Struct, eq=False):
-    """One attempt to serve one request. Times are seconds on the monotonic clock.
+    """One attempt to serve one request. Times are seconds on the monotonic clock; a retry is a new ticket.
 
-    The caller gives what stands before `backend`; a retry is a new ticket that names the backends in ``tried``.
-    ``deadline`` is when the first token must be there (infinite: whenever); ``size`` the bytes held while it waits;
-    ``prompt_tokens`` an estimate; ``streams`` says that `first_token` will be told; ``weight`` is its tenant's share.
+    The caller gives what stands before `backend`: ``weight``, its tenant's share; ``deadline``, when the first token must be
+    there, and ``expires``, when a backend must have been found; ``size``, the bytes held while it waits; ``prompt_tokens``,
+    an estimate (0: none); ``streams``, that `Scheduler.first_token` will be told; ``tried``, backends not to use.
     """
 
     model: str
@@ -26,6 +26,7 @@ class Ticket(msgspec.Struct, eq=False):
     weight: float = 1.0
     priority: int = 1
     deadline: float = math.inf
+    expires: float = math.inf
     size: int = 0
     prompt_tokens: int = 0
     max_tokens: int | None = None
@@ -33,25 +34,26 @@ class Ticket(msgspec.Struct, eq=False):
     session: str | None = None
     streams: bool = True
     tried: frozenset[str] = frozenset()
-    # What the scheduler says:
+    # What the scheduler says once it is bound:
     backend: str | None = None
     decision: str = ""
     granted_at: float = 0.0
-    cached_tokens: int = 0
-    """Prompt tokens that the backend is expected to have cached."""
+    cached_tokens: int = 0  # of its prompt, thought to be in the backend's cache
     # What the scheduler keeps:
     lane: int = -1
     waiting: bool = False
     serial: int = 0
-    known: int = 0  # blocks of the prompt that the backend held before
+    key: float = 0.0  # its place among its tenant's
     matches: list[tuple[int, int]] = []
-    seconds: float = 0.0  # of prompt work that this adds to its backend, predicted
-    key: float = 0.0  # its place in the queue among its tenant's
-    tokens: float = 0.0  # token work that it is expected to be
-    charged: float = 0.0  # token work that its tenant's account bears for it
+    version: int = -1  # of the prefix index that gave the matches
+    known: int = 0  # blocks of the prompt that the backend held before
+    seconds: float = 0.0  # of prompt work, predicted: on its backend, or while it waits on the best one
+    tokens: float = 0.0  # prompt and expected output
+    charged: float = 0.0  # token work on its tenant's account
     first_token_at: float | None = None
-    started: float = 0.0  # when its backend began with it, as far as can be told
-    overlapped: float = 0.0  # seconds it waited there behind another prompt
+    told: bool = False  # the first token was told, not guessed
+    started: float = 0.0  # when its backend began with it, as far as can be seen
+    overlapped: float = 0.0  # seconds it was there behind another prompt
 
 
 class Load(NamedTuple):
