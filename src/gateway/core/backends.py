@@ -141,9 +141,9 @@ class Backends:
             drained - now if drained - now > floor else floor for drained, floor in zip(self.drained, self.floor, strict=True)
         ]
 
-    def arrival(self, waits: list[float]) -> None:
-        """A ticket has come, and finds the backends like this."""
-        idle = waits.count(0.0) / len(waits) if waits else 1.0
+    def arrival(self) -> None:
+        """A ticket has come, and finds the backends as they are."""
+        idle = self.queued.count(0.0) / len(self.queued) if self.queued else 1.0
         u = self.pressure = self.pressure + 0.02 * (1.0 - idle - self.pressure)
         self.theta = min(2.0, 0.25 * u / max(1e-3, 1.0 - u))
         self.gamma = max(0.02, 0.06 * u)

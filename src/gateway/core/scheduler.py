@@ -15,7 +15,7 @@ from .backends import Backends
 from .fair import Accounts
 from .feedback import Feedback
 from .policy import Policy, cached_tokens
-from .tickets import PRIORITIES, Bounds, Hopeless, Load, QueueFull, Ticket
+from .tickets import BOUNDS, PRIORITIES, Bounds, Hopeless, Load, QueueFull, Ticket
 from .usage import Usage
 
 TAU: Final = 0.3
@@ -28,7 +28,7 @@ LONGEST: Final = 120.0
 """Seconds: clients do not obey a longer Retry-After."""
 
 LEAST_B: Final = 4.0
-"""A waiting ticket whose prompt takes s seconds is passed by tickets that come up to b * s seconds later; b is at least this."""
+"""A waiting ticket whose prompt takes s seconds is passed by tickets that come up to b * s seconds later; the least b."""
 
 DOUBT: Final = 2.0
 """A ticket is hopeless if it would be late even if things went this many times faster than predicted."""
@@ -61,7 +61,7 @@ class Snapshot(NamedTuple):
 class Scheduler:
     """One pool of backends, one queue in front of it, one policy."""
 
-    def __init__(self, policy: Policy, bounds: Bounds = Bounds()) -> None:
+    def __init__(self, policy: Policy, bounds: Bounds = BOUNDS) -> None:
         self.policy = policy
         self.backends = Backends()
         self.accounts = Accounts()
@@ -119,7 +119,7 @@ class Scheduler:
         self.feedback.estimate(ticket)
         self._match(ticket)
         waits = backends.waits(now)
-        backends.arrival(waits)
+        backends.arrival()
         if not queue:
             i = self._place(ticket, waits)
             if i >= 0 and self._open(i, waits):
@@ -272,6 +272,16 @@ class Scheduler:
         depth = next((depth for j, depth in ticket.matches if j == i), 0)
         cached = cached_tokens(ticket, depth) or self.feedback.usual(ticket, i)
         return self.backends.seconds(i, ticket.prompt_tokens, cached)
+
+    def _why_not(self, ticket: Ticket, i: int, waits: Sequence[float]) -> str:
+        backends = self.backends
+        if backends.names[i] in ticket.tried:
+            return "tried"
+        if i not in backends.eligible(ticket.model):
+            return "not accepting" if not backends.accepting[i] else "model"
+        if backends.busy[i] >= backends.slots[i]:
+            return "slots"
+        return "" if self._open(i, waits) else "prompts wait there"
 
     def _open(self, i: int, waits: Sequence[float]) -> bool:
         """Backend ``i`` can have one more ticket now."""

@@ -72,6 +72,9 @@ class Bounds(NamedTuple):
     bytes: int = 64 * 1024 * 1024
 
 
+BOUNDS: Final = Bounds()
+
+
 class Refused(Exception):
     """A ticket that the scheduler does not take. ``retry_after`` seconds from now it might."""
 
