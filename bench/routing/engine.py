@@ -94,7 +94,8 @@ class Job:
 
 class Engine:
     """Every sequence that decodes gets a token each step; the rest of the budget goes to prompts, those begun first, then in
-    order of arrival (the first blocks those behind it if memory is short). Steps without prompts are skipped over in closed form."""
+    order of arrival (the first blocks those behind it if memory is short). Steps without prompts are skipped over in
+    closed form."""
 
     def __init__(self, profile: Profile, cache: Cache, speed: float) -> None:
         self.profile = profile

@@ -18,8 +18,8 @@ from .policy import Policy, cached_tokens
 from .tickets import BOUNDS, PRIORITIES, Bounds, Hopeless, Load, QueueFull, Ticket
 from .usage import Usage
 
-TAU: Final = 0.3
-"""Seconds of prompts that a backend may have before it and still get more: about a step of an engine."""
+TAU: Final = 0.1
+"""Seconds of prompts that a backend may have before it and still get more: about half a step of an engine."""
 
 SCAN: Final = 64
 """Tickets looked at in one pass."""
