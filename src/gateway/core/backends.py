@@ -21,6 +21,9 @@ FULL: Final = 0.95
 """The part of a KV memory in use at which nothing more fits."""
 
 
+_REFRESH: Final = 16  # arrivals between two looks at what all of them cost
+
+
 class Backends:
     """Backends by place. A place that is free again is given to the next backend."""
 
@@ -44,6 +47,8 @@ class Backends:
         self.since: list[float] = []  # when the backend began with the first of those
         self.drained: list[float] = []
         self.floor: list[float] = []
+        self.slope: list[float] = []  # what a token of prompt work costs there and delays others, in seconds; see `arrival`
+        self.stay: list[float] = []  # what a sequence costs that stays there to decode, relative to others
         self.tokens: list[float] = []  # prompts and expected outputs of requests in flight
         self.rates = ServiceRates()
         self.index = PrefixIndex()
@@ -51,7 +56,8 @@ class Backends:
         self.pressure = 0.0  # the part of the backends with prompts queued, as arrivals find them
         self.theta = 0.0  # what a second of prompt work costs those that come later, in seconds
         self.gamma = 0.02  # what it costs each sequence that is being decoded there
-        self.bounded = 0  # backends with a known number of slots
+        self.packed: set[int] = set()  # those with no slot left
+        self._arrivals = 0
         self._reported = False
         self._eligible: dict[str, tuple[int, ...]] = {}
 
@@ -74,7 +80,7 @@ class Backends:
         self.index.add(0.0)
         for numbers in (self.kv_tokens, self.weight, self.cost, self.others_at, self.queued, self.since, self.drained):
             numbers.append(0.0)
-        for numbers in (self.floor, self.tokens):
+        for numbers in (self.floor, self.tokens, self.slope, self.stay):
             numbers.append(0.0)
         for counts in (self.inflight, self.others, self.busy, self.decoding):
             counts.append(0)
@@ -95,7 +101,7 @@ class Backends:
     def seat(self, i: int, slots: int | None) -> None:
         """Backend ``i`` works on so many requests at once (None: nobody knows)."""
         self.slots[i] = math.inf if slots is None else slots
-        self.bounded = len(self.slots) - self.slots.count(math.inf)
+        self._weigh(i)
 
     def report(self, i: int, load: Load | None) -> None:
         """What backend ``i`` says of its load: what is more than ours are others' requests."""
@@ -103,6 +109,7 @@ class Backends:
         self.others_at[i] = load.at if load else 0.0
         self.crowded[i] = load is not None and load.kv_usage >= FULL
         self.busy[i] = self.inflight[i] + self.others[i]
+        self._weigh(i)
         self._reported = any(self.others) or any(self.crowded)
 
     def doubt(self, now: float) -> None:
@@ -137,6 +144,8 @@ class Backends:
 
     def waits(self, now: float) -> list[float]:
         """Seconds until each backend's prompts are predicted to be read."""
+        if not any(self.drained):
+            return [0.0] * len(self.drained)
         return [
             drained - now if drained - now > floor else floor for drained, floor in zip(self.drained, self.floor, strict=True)
         ]
@@ -147,6 +156,19 @@ class Backends:
         u = self.pressure = self.pressure + 0.02 * (1.0 - idle - self.pressure)
         self.theta = min(2.0, 0.25 * u / max(1e-3, 1.0 - u))
         self.gamma = max(0.02, 0.06 * u)
+        self._arrivals += 1
+        if self._arrivals % _REFRESH == 0:
+            for i in range(len(self.names)):
+                self._weigh(i)
+
+    def _weigh(self, i: int) -> None:
+        seconds = self.rates.seconds[i]
+        self.slope[i] = seconds * (1.0 + self.theta + self.gamma * self.decoding[i])
+        self.stay[i] = seconds * (self.busy[i] + 1)
+        if self.busy[i] >= self.slots[i]:
+            self.packed.add(i)
+        elif self.packed:
+            self.packed.discard(i)
 
     def bind(self, i: int, ticket: Ticket, now: float) -> None:
         """The ticket goes to backend ``i``; its ``seconds`` and ``tokens`` are set."""
@@ -210,6 +232,7 @@ class Backends:
             self.floor[i] = max(self.queued[i] - head.seconds, 0.0) if head.streams else 0.0
         else:
             self.drained[i] = self.floor[i] = 0.0
+        self._weigh(i)
 
     def seconds(self, i: int, prompt: int, cached: int) -> float:
         """Backend ``i``'s time to read a prompt of which it has so much cached."""

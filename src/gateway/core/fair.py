@@ -8,25 +8,20 @@ lifted to the lowest account of those that wait: being idle earns no credit.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 
 class Accounts:
-    """Accounts of at most ``most`` tenants; of one forgotten (the longest idle), a new one begins at the floor."""
+    """Accounts of at most ``most`` tenants. When there are more, the lower half is forgotten: who comes back begins at the
+    floor, which is where a tenant that comes back from idleness is lifted to anyway."""
 
     def __init__(self, most: int = 4096) -> None:
         self._most = most
-        self._virtual: OrderedDict[str, float] = OrderedDict()
-        self._served: dict[str, float] = {}
-        self._floor = 0.0  # the lowest account at the last time somebody was served
+        self._virtual: dict[str, float] = {}
+        self.served: dict[str, float] = {}
+        """Token work done for each tenant that is remembered."""
+        self._floor = 0.0  # the lowest account of those that waited at the last time that somebody was served
 
     def __len__(self) -> int:
         return len(self._virtual)
-
-    @property
-    def served(self) -> dict[str, float]:
-        """Token work done for each tenant that is remembered."""
-        return self._served
 
     def of(self, tenant: str) -> float:
         """The tenant's account, in tokens over weight."""
@@ -39,12 +34,12 @@ class Accounts:
 
     def charge(self, tenant: str, weight: float, tokens: float) -> None:
         """So much work is done for the tenant (less than nothing: it had been charged too much)."""
-        self._virtual[tenant] = self.of(tenant) + tokens / weight
-        self._virtual.move_to_end(tenant)
-        self._served[tenant] = self._served.get(tenant, 0.0) + tokens
-        if len(self._virtual) > self._most:
-            gone, _ = self._virtual.popitem(last=False)
-            del self._served[gone]
+        virtual = self._virtual
+        virtual[tenant] = virtual.get(tenant, self._floor) + tokens / weight
+        self.served[tenant] = self.served.get(tenant, 0.0) + tokens
+        if len(virtual) > self._most:
+            self._virtual = dict(sorted(virtual.items(), key=lambda item: item[1])[self._most // 2 :])
+            self.served = {name: tokens for name, tokens in self.served.items() if name in self._virtual}
 
     def advance(self, lowest: float) -> None:
         """Of the tenants that wait, this is the lowest account."""

@@ -156,31 +156,21 @@ class ExpectedCompletion:
 
     def costs(self, ticket: Ticket, backends: Backends, waits: Sequence[float]) -> list[float]:
         """Seconds, of this prompt and of those that it delays."""
-        seconds, decoding, busy = backends.rates.seconds, backends.decoding, backends.busy
-        now_and_later = 1.0 + backends.theta
-        gamma = backends.gamma
-        n = len(seconds)
-        decode = 0.06 * backends.residence * n * n / ((n + sum(busy)) * sum(seconds))
+        slopes, stays = backends.slope, backends.stay
+        n = len(slopes)
+        decode = 0.06 * backends.residence * n * n / ((n + sum(backends.busy)) * sum(backends.rates.seconds))
         prompt = ticket.prompt_tokens
         full = work(prompt, 0.0)
-        base = full * now_and_later + decode
-        each = full * gamma
-        rows = zip(waits, seconds, decoding, busy, strict=True)
-        costs = [wait + s * (base + each * d + decode * b) for wait, s, d, b in rows]
+        costs = [wait + full * slope + decode * stay for wait, slope, stay in zip(waits, slopes, stays, strict=True)]
         for i, depth in ticket.matches:
             cached = cached_tokens(ticket, depth)
-            costs[i] -= seconds[i] * (full - work(prompt - cached, cached)) * (now_and_later + gamma * decoding[i])
-        if backends.bounded:
-            self._wait_for_seats(costs, backends)
+            costs[i] -= slopes[i] * (full - work(prompt - cached, cached))
+        for i in backends.packed:  # a slot must come free first
+            slots = max(backends.slots[i], 1)
+            costs[i] += (backends.busy[i] + 1 - slots) * backends.residence / slots
         if ticket.session is not None and (home := self._homes.get(ticket.session, n)) < n:
             costs[home] = 0.95 * costs[home] - 0.01
         return costs
-
-    @staticmethod
-    def _wait_for_seats(costs: list[float], backends: Backends) -> None:
-        for i, (busy, slots) in enumerate(zip(backends.busy, backends.slots, strict=True)):
-            if busy >= slots:
-                costs[i] += (busy + 1 - slots) * backends.residence / max(slots, 1)
 
     def bound(self, ticket: Ticket, i: int, backends: Backends) -> str:
         """What the choice gained."""

@@ -9,12 +9,11 @@ the unit that the blocks are measured in (characters), forgets what its cache mu
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
-_SIZES: Final = [128] * 4 + [512] * 7 + [2048] * 6 + [4096] * 1020
+_SIZES: Final = [128] * 2 + [256] * 3 + [512] * 2 + [1024] * 2 + [2048] * 2 + [4096] * 1022
 _ENDS: Final = tuple(accumulate(_SIZES))  # of each block, in characters; what lies past 4 MiB is not matched
 _SLICES: Final = [slice(begin, end) for begin, end in pairwise((0, *_ENDS))]
 
@@ -29,6 +28,8 @@ class Blocks(NamedTuple):
     ends: Sequence[int]
     total: int
 
+
+_SPARE: Final = 0.04  # of a full cache is forgotten at once
 
 NO_BLOCKS: Final = Blocks([], (), 0)
 
@@ -49,98 +50,97 @@ class PrefixIndex:
     chain its newest part, so that its tail is forgotten first, as engines do."""
 
     def __init__(self) -> None:
-        self._holders: dict[int, int] = {}
-        self._lru: list[OrderedDict[int, int]] = []
         self.capacity: list[float] = []
         self.size: list[int] = []
         self.version = 0
         """It changes whenever `match` may have another answer."""
+        self._holders: dict[int, int] = {}
+        self._spans: list[dict[int, int]] = []  # by backend: the size of each block, the one forgotten next first
 
     def __len__(self) -> int:
         return len(self._holders)
 
     def add(self, capacity: float) -> None:
         """One more backend, whose cache holds this much, in the unit of the blocks."""
-        self._lru.append(OrderedDict())
+        self._spans.append({})
         self.capacity.append(capacity)
         self.size.append(0)
 
     def match(self, blocks: Blocks) -> list[tuple[int, int]]:
         """(backend, number of the prompt's first blocks that it holds), for those that hold any."""
         found: list[tuple[int, int]] = []
-        alive = depth = 0
+        alive, depth, gone = -1, 0, 0
         for mask in map(self._holders.get, blocks.keys):
             if mask != alive:
-                if not depth:
-                    alive = mask or 0
-                gone = alive & ~(mask or 0)
+                held = mask or 0
+                if depth:
+                    gone = alive & ~held
+                    held &= alive
                 if gone:
                     found += [(i, depth) for i in _bits(gone)]
-                alive &= mask or 0
+                alive = held
                 if not alive:
                     return found
             depth += 1
-        return found + [(i, depth) for i in _bits(alive)]
+        return found + [(i, depth) for i in _bits(alive)] if depth else found
 
     def insert(self, backend: int, blocks: Blocks, known: int) -> None:
         """The backend now holds these blocks, of which it held the first ``known`` (as `match` said) before."""
-        lru, keys, ends = self._lru[backend], blocks.keys, blocks.ends
-        bit = 1 << backend
-        holders = self._holders
+        spans, holders, bit = self._spans[backend], self._holders, 1 << backend
+        keys, ends = blocks.keys, blocks.ends
         depth = len(keys)
-        self.version += depth > known
-        for k in range(depth - 1, known - 1, -1):
+        if depth > known:
+            self.version += 1
+            added = 0
+            for k in range(depth - 1, known - 1, -1):
+                key = keys[k]
+                if key not in spans:
+                    span = spans[key] = ends[k] - ends[k - 1] if k else ends[0]
+                    added += span
+                    holders[key] = holders[key] | bit if key in holders else bit
+            self.size[backend] += added
+        for k in range(known - 1, -1, -1):
             key = keys[k]
-            if key not in lru:
-                span = lru[key] = ends[k] - (ends[k - 1] if k else 0)
-                self.size[backend] += span
-                holders[key] = holders.get(key, 0) | bit
-        for key in reversed(keys[:known]):
-            lru.move_to_end(key)
+            spans[key] = spans.pop(key)
         if self.size[backend] > self.capacity[backend]:
             self._shrink(backend)
 
     def forget(self, backend: int, blocks: Blocks, known: int) -> None:
         """The backend does not hold more than the first ``known`` of these blocks after all."""
-        self.version += 1
-        lru = self._lru[backend]
-        for key in blocks.keys[known:]:
-            if key in lru:
-                self.size[backend] -= lru.pop(key)
-                self._unmark(key, 1 << backend)
+        spans = self._spans[backend]
+        self._drop(backend, [key for key in blocks.keys[known:] if key in spans])
 
     def clear(self, backend: int) -> None:
         """The backend's cache is empty."""
-        self.version += 1
-        for key in self._lru[backend]:
-            self._unmark(key, 1 << backend)
-        self._lru[backend].clear()
-        self.size[backend] = 0
+        self._drop(backend, list(self._spans[backend]))
+        self._spans[backend] = {}
 
     def resize(self, backend: int, capacity: float) -> None:
         """The backend's cache holds this much."""
-        self.version += 1
         self.capacity[backend] = capacity
-        self._shrink(backend)
+        if self.size[backend] > capacity:
+            self._shrink(backend)
 
     def _shrink(self, backend: int) -> None:
-        lru, capacity, bit = self._lru[backend], self.capacity[backend], 1 << backend
-        size, holders = self.size[backend], self._holders
-        while size > capacity and lru:
-            key, span = lru.popitem(last=False)
-            size -= span
+        """Forget the oldest: some more than must be, so that it is not done for every insert."""
+        excess = self.size[backend] - self.capacity[backend] * (1.0 - _SPARE)
+        victims = []
+        for key, span in self._spans[backend].items():
+            if excess <= 0:
+                break
+            victims.append(key)
+            excess -= span
+        self._drop(backend, victims)
+
+    def _drop(self, backend: int, keys: list[int]) -> None:
+        self.version += 1
+        spans, holders, bit = self._spans[backend], self._holders, 1 << backend
+        self.size[backend] -= sum([spans.pop(key) for key in keys])
+        for key in keys:
             if holders[key] == bit:
                 del holders[key]
             else:
-                holders[key] &= ~bit
-        self.size[backend] = size
-
-    def _unmark(self, key: int, bit: int) -> None:
-        left = self._holders[key] & ~bit
-        if left:
-            self._holders[key] = left
-        else:
-            del self._holders[key]
+                holders[key] ^= bit
 
 
 def _bits(mask: int) -> list[int]:

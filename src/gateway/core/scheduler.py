@@ -119,7 +119,8 @@ class Scheduler:
         self.feedback.estimate(ticket)
         self._match(ticket)
         waits = backends.waits(now)
-        backends.arrival()
+        if len(waits) > 1:
+            backends.arrival()
         if not queue:
             i = self._place(ticket, waits)
             if i >= 0 and self._open(i, waits):
@@ -269,8 +270,7 @@ class Scheduler:
 
     def _seconds(self, ticket: Ticket, i: int) -> float:
         """Of prompt work that the ticket would be to backend ``i``."""
-        depth = next((depth for j, depth in ticket.matches if j == i), 0)
-        cached = cached_tokens(ticket, depth) or self.feedback.usual(ticket, i)
+        cached = cached_tokens(ticket, _depth(ticket, i)) or self.feedback.usual(ticket, i)
         return self.backends.seconds(i, ticket.prompt_tokens, cached)
 
     def _why_not(self, ticket: Ticket, i: int, waits: Sequence[float]) -> str:
@@ -314,13 +314,21 @@ class Scheduler:
 
     def _bind(self, ticket: Ticket, i: int, now: float) -> None:
         backends = self.backends
-        depth = next((depth for j, depth in ticket.matches if j == i), 0)
-        ticket.lane, ticket.backend, ticket.granted_at, ticket.known = i, backends.names[i], now, depth
-        ticket.cached_tokens = cached_tokens(ticket, depth)
-        ticket.seconds = self._seconds(ticket, i)
-        ticket.charged = ticket.tokens - ticket.cached_tokens
+        ticket.known = depth = _depth(ticket, i)
+        ticket.lane, ticket.backend, ticket.granted_at = i, backends.names[i], now
+        ticket.cached_tokens = cached = cached_tokens(ticket, depth)
+        ticket.seconds = backends.seconds(i, ticket.prompt_tokens, cached or self.feedback.usual(ticket, i))
+        ticket.charged = ticket.tokens - cached
         ticket.decision = self.policy.bound(ticket, i, backends)
         backends.bind(i, ticket, now)
         if ticket.prompt.keys:
             backends.index.insert(i, ticket.prompt, depth)
         self.accounts.charge(ticket.tenant, ticket.weight, ticket.charged)
+
+
+def _depth(ticket: Ticket, i: int) -> int:
+    """Blocks of the ticket's prompt that backend ``i`` holds."""
+    for place, depth in ticket.matches:
+        if place == i:
+            return depth
+    return 0
