@@ -57,6 +57,7 @@ class Backends:
         self.theta = 0.0  # what a second of prompt work costs those that come later, in seconds
         self.gamma = 0.02  # what it costs each sequence that is being decoded there
         self.packed: set[int] = set()  # those with no slot left
+        self.decode = 0.0  # what a second of `stay` costs
         self._arrivals = 0
         self._reported = False
         self._eligible: dict[str, tuple[int, ...]] = {}
@@ -160,6 +161,8 @@ class Backends:
         if self._arrivals % _REFRESH == 0:
             for i in range(len(self.names)):
                 self._weigh(i)
+        n = len(self.names)
+        self.decode = 0.06 * self.residence * n * n / ((n + sum(self.busy)) * sum(self.rates.seconds))
 
     def _weigh(self, i: int) -> None:
         seconds = self.rates.seconds[i]

@@ -156,9 +156,7 @@ class ExpectedCompletion:
 
     def costs(self, ticket: Ticket, backends: Backends, waits: Sequence[float]) -> list[float]:
         """Seconds, of this prompt and of those that it delays."""
-        slopes, stays = backends.slope, backends.stay
-        n = len(slopes)
-        decode = 0.06 * backends.residence * n * n / ((n + sum(backends.busy)) * sum(backends.rates.seconds))
+        slopes, stays, decode = backends.slope, backends.stay, backends.decode
         prompt = ticket.prompt_tokens
         full = work(prompt, 0.0)
         costs = [wait + full * slope + decode * stay for wait, slope, stay in zip(waits, slopes, stays, strict=True)]
@@ -168,7 +166,7 @@ class ExpectedCompletion:
         for i in backends.packed:  # a slot must come free first
             slots = max(backends.slots[i], 1)
             costs[i] += (backends.busy[i] + 1 - slots) * backends.residence / slots
-        if ticket.session is not None and (home := self._homes.get(ticket.session, n)) < n:
+        if ticket.session is not None and (home := self._homes.get(ticket.session, -1)) >= 0:
             costs[home] = 0.95 * costs[home] - 0.01
         return costs
 

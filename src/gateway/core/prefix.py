@@ -1,6 +1,6 @@
 """Which backend's KV cache holds how much of a prompt: a bounded mirror, kept from what was sent where.
 
-A prompt is cut at fixed places into blocks that grow with depth, from 128 characters to 4 KiB, so that a short prompt
+A prompt is cut at fixed places into blocks that grow with depth, from 256 characters to 8 KiB, so that a short prompt
 is matched finely and a long one takes few steps. The key of a block is the hash of its text and of the key before it, so
 equal keys mean equal prefixes. One dict maps a key to a bit mask of backends; one LRU per backend, bounded in
 the unit that the blocks are measured in (characters), forgets what its cache must have forgotten.
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Final, NamedTuple
 
-_SIZES: Final = [128] * 2 + [256] * 3 + [512] * 2 + [1024] * 2 + [2048] * 2 + [4096] * 1022
+_SIZES: Final = [256] * 4 + [1024] * 3 + [2048] * 2 + [4096] * 6 + [8192] * 508
 _ENDS: Final = tuple(accumulate(_SIZES))  # of each block, in characters; what lies past 4 MiB is not matched
 _SLICES: Final = [slice(begin, end) for begin, end in pairwise((0, *_ENDS))]
 
