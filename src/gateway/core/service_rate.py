@@ -69,6 +69,8 @@ class ServiceRates:
         mean = self._pool_work * 0.02
         if tokens < mean * 0.25:  # next to nothing to read: what it took is what any prompt takes
             self.fixed[i] += 0.05 * (max(took - tokens * self.seconds[i], 0.0) - self.fixed[i])
+        else:
+            self.fixed[i] *= 0.99  # without such prompts, nobody can tell
         took_more = max(took - self.fixed[i], 1e-6)
         self._work[i] = self._work[i] * _DECAY + tokens
         self._time[i] = self._time[i] * _DECAY + took_more
