@@ -1,4 +1,4 @@
-"""`python -m bench.routing.decision_cost`: what it costs to place a request, hashing of its prompt included, in microseconds."""
+"""`python -m bench.routing.decision_cost`: what it costs to place a request, hashing included, in microseconds."""
 
 from __future__ import annotations
 

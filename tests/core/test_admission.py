@@ -117,7 +117,10 @@ def test_accounts_of_many_tenants_are_bounded_and_the_busiest_are_kept() -> None
     assert accounts.of("tenant 99") == 99.0
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.sampled_from("ab"), st.sampled_from("xy"), st.floats(0, 9)), max_size=30), st.data())
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from("ab"), st.sampled_from("xy"), st.floats(0, 9)), max_size=30),
+    st.data(),
+)
 def test_every_ticket_comes_up_once_and_all_sums_end_at_nothing(
     rows: list[tuple[int, str, str, float]], data: st.DataObject
 ) -> None:

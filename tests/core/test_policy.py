@@ -13,10 +13,10 @@ from gateway.core.usage import Usage
 TEXT = "".join(f"{i} bottles of beer, " for i in range(3000))
 
 
-def scheduler_of(policy: str, *names: str, **more: int) -> Scheduler:
+def scheduler_of(policy: str, *names: str) -> Scheduler:
     scheduler = Scheduler(POLICIES[policy]())
     for name in names:
-        scheduler.set_backend(name, 0.0, **more)
+        scheduler.set_backend(name, 0.0)
     return scheduler
 
 
@@ -125,7 +125,7 @@ def test_expected_completion_prefers_the_cache_until_the_queue_there_costs_more(
 
 def test_expected_completion_keeps_a_session_where_it_was_if_all_is_equal() -> None:
     scheduler = scheduler_of("expected-completion", "a", "b", "c", "d")
-    homes = {}
+    homes: dict[int, str | None] = {}
     for turn in range(5):
         for number in range(8):
             ticket = place(scheduler, float(turn), session=f"s{number}")

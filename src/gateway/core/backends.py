@@ -38,7 +38,7 @@ class Backends:
         self.cost: list[float] = []
         self.inflight: list[int] = []
         self.others: list[int] = []  # requests there that are not ours, as reported
-        self.others_at: list[float] = []
+        self.reported_at: list[float] = []
         self.crowded: list[bool] = []  # its KV memory is full, as reported
         self.busy: list[int] = []  # inflight + others
         self.decoding: list[int] = []
@@ -79,7 +79,7 @@ class Backends:
     def _grow(self, weight: float) -> int:
         self.rates.add(weight)
         self.index.add(0.0)
-        for numbers in (self.kv_tokens, self.weight, self.cost, self.others_at, self.queued, self.since, self.drained):
+        for numbers in (self.kv_tokens, self.weight, self.cost, self.reported_at, self.queued, self.since, self.drained):
             numbers.append(0.0)
         for numbers in (self.floor, self.tokens, self.slope, self.stay):
             numbers.append(0.0)
@@ -107,7 +107,7 @@ class Backends:
     def report(self, i: int, load: Load | None) -> None:
         """What backend ``i`` says of its load: what is more than ours are others' requests."""
         self.others[i] = max(0, load.running + load.waiting - self.inflight[i]) if load else 0
-        self.others_at[i] = load.at if load else 0.0
+        self.reported_at[i] = load.at if load else 0.0
         self.crowded[i] = load is not None and load.kv_usage >= FULL
         self.busy[i] = self.inflight[i] + self.others[i]
         self._weigh(i)
@@ -116,8 +116,8 @@ class Backends:
     def doubt(self, now: float) -> None:
         """Reported loads of long ago count no more."""
         if self._reported:
-            for i, at in enumerate(self.others_at):
-                if at and now - at > STALE:
+            for i, at in enumerate(self.reported_at):
+                if now - at > STALE and (self.others[i] or self.crowded[i]):
                     self.report(i, None)
 
     def free(self, i: int) -> None:

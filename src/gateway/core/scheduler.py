@@ -233,7 +233,7 @@ class Scheduler:
             {name: int(backends.index.size[i] / feedback.units_per_token) for name, i in backends.place.items()},
             feedback.predicted,
             feedback.actual,
-            self.accounts.served,
+            dict(self.accounts.served),
         )
 
     # How
