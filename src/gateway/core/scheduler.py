@@ -30,6 +30,9 @@ LONGEST: Final = 120.0
 LEAST_B: Final = 4.0
 """A waiting ticket whose prompt takes s seconds is passed by tickets that come up to b * s seconds later; the least b."""
 
+GROWTH: Final = 0.5
+"""Of b, for each prompt of usual size that waits before a new one on its backend."""
+
 DOUBT: Final = 2.0
 """A ticket is hopeless if it would be late even if things went this many times faster than predicted."""
 
@@ -255,7 +258,7 @@ class Scheduler:
         self._refuse_if_hopeless(ticket, best, ahead, now)
         self._usual += 0.02 * (best - self._usual)
         ticket.seconds = best
-        ticket.key = ticket.arrived + max(LEAST_B, 0.5 * ahead / max(1e-3, self._usual)) * best
+        ticket.key = ticket.arrived + max(LEAST_B, GROWTH * ahead / max(1e-3, self._usual)) * best
         queue.put(ticket, now)
 
     def _refuse_if_hopeless(self, ticket: Ticket, best: float, ahead: float, now: float) -> None:
