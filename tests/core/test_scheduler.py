@@ -117,6 +117,8 @@ def test_a_ticket_that_cannot_make_its_deadline_is_refused_once_there_is_evidenc
     servers.submit(Ticket("m", 0.0, prompt_tokens=10_000, deadline=1.0))  # nobody knows yet that this takes 100 s
     servers.run()
     servers.warm_up(tokens=200)
+    with pytest.raises(Hopeless):  # 100 s of work, though nobody is before it
+        servers.scheduler.submit(Ticket("m", servers.now, prompt_tokens=10_000, deadline=servers.now + 20.0), servers.now)
     for _ in range(10):
         servers.submit(Ticket("m", servers.now, prompt_tokens=1000))
     with pytest.raises(Hopeless):

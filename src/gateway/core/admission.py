@@ -35,7 +35,8 @@ class AdmissionQueue:
         self.work = 0.0
         """Seconds of prompt work that wait, each ticket's on its best backend."""
         self._accounts = accounts
-        self._lines: dict[tuple[str, int, str], _Line] = {}
+        self.lines: dict[tuple[str, int, str], _Line] = {}
+        """Tickets that wait, by model, priority and tenant; no line is empty."""
         self._waiting: dict[str, int] = {}  # by tenant
         self._deadlines: list[tuple[float, int, Ticket]] = []
         self._serial = 0
@@ -56,7 +57,7 @@ class AdmissionQueue:
         self._serial += 1
         ticket.serial = self._serial
         ticket.waiting = True
-        insort(self._lines.setdefault((ticket.model, ticket.priority, ticket.tenant), []), (ticket.key, self._serial, ticket))
+        insort(self.lines.setdefault((ticket.model, ticket.priority, ticket.tenant), []), (ticket.key, self._serial, ticket))
         waiting = self._waiting.get(ticket.tenant, 0)
         if not waiting:
             self._accounts.arrive(ticket.tenant)
@@ -81,7 +82,7 @@ class AdmissionQueue:
     def _clock(self, now: float) -> None:
         """Time passed; it counts if somebody waited."""
         passed, self._at = now - self._at, now
-        if passed > 0.0 and self._lines:
+        if passed > 0.0 and self.lines:
             fade = math.exp(-passed / MEMORY)
             self._elapsed = self._elapsed * fade + (1.0 - fade) * MEMORY
             self._served *= fade
@@ -89,29 +90,29 @@ class AdmissionQueue:
     def remove(self, ticket: Ticket) -> None:
         """The ticket, which waits, waits no longer."""
         name = (ticket.model, ticket.priority, ticket.tenant)
-        line = self._lines[name]
+        line = self.lines[name]
         del line[bisect_left(line, (ticket.key, ticket.serial))]
         if not line:
-            del self._lines[name]
+            del self.lines[name]
         ticket.waiting = False
         self._waiting[ticket.tenant] -= 1
         if not self._waiting[ticket.tenant]:
             del self._waiting[ticket.tenant]
         self.depth[ticket.priority] -= 1
         self.bytes -= ticket.size
-        self.work = self.work - ticket.seconds if self._lines else 0.0
+        self.work = self.work - ticket.seconds if self.lines else 0.0
         if len(self._deadlines) > 64 + 2 * len(self):  # those that left long before their deadline
             self._deadlines = [entry for entry in self._deadlines if entry[2].waiting]
             heapq.heapify(self._deadlines)
 
     def models(self) -> set[str]:
         """Those that tickets wait for."""
-        return {model for model, _, _ in self._lines}
+        return {model for model, _, _ in self.lines}
 
     def scan(self, models: set[str], now: float, most: int) -> Iterator[Ticket]:
         """Tickets for these models in the order in which they should be served, so many at most; the queue must not change
         meanwhile."""
-        lines = [(name, line) for name, line in self._lines.items() if name[0] in models]
+        lines = [(name, line) for name, line in self.lines.items() if name[0] in models]
         if not lines:
             return
         top = min(name[1] for name, _ in lines)
@@ -140,7 +141,7 @@ class AdmissionQueue:
         place = (ticket.key, ticket.serial)
         return sum(
             len(line) if priority < ticket.priority else bisect_left(line, place)
-            for (model, priority, _), line in self._lines.items()
+            for (model, priority, _), line in self.lines.items()
             if model == ticket.model and priority <= ticket.priority
         )
 

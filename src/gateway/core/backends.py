@@ -21,7 +21,7 @@ FULL: Final = 0.95
 """The part of a KV memory in use at which nothing more fits."""
 
 
-_REFRESH: Final = 16  # arrivals between two looks at what all of them cost
+_EVERY: Final = 8  # arrivals
 
 
 class Backends:
@@ -152,17 +152,17 @@ class Backends:
         ]
 
     def arrival(self) -> None:
-        """A ticket has come, and finds the backends as they are."""
-        idle = self.queued.count(0.0) / len(self.queued) if self.queued else 1.0
-        u = self.pressure = self.pressure + 0.02 * (1.0 - idle - self.pressure)
+        """A ticket has come. Every so many, look at how busy the backends are, and what that makes their work cost others."""
+        self._arrivals += 1
+        n = len(self.names)
+        if self._arrivals % _EVERY or not n:
+            return
+        u = self.pressure = self.pressure + 0.02 * _EVERY * (1.0 - self.queued.count(0.0) / n - self.pressure)
         self.theta = min(2.0, 0.25 * u / max(1e-3, 1.0 - u))
         self.gamma = max(0.02, 0.06 * u)
-        self._arrivals += 1
-        if self._arrivals % _REFRESH == 0:
-            for i in range(len(self.names)):
-                self._weigh(i)
-        n = len(self.names)
         self.decode = 0.06 * self.residence * n * n / ((n + sum(self.busy)) * sum(self.rates.seconds))
+        for i in range(n):
+            self._weigh(i)
 
     def _weigh(self, i: int) -> None:
         seconds = self.rates.seconds[i]

@@ -12,8 +12,8 @@ from .usage import Usage
 UNKNOWN_CACHE: Final = 1_500_000
 """Tokens that a cache of unknown size is thought to hold, until usage shows how many it does."""
 
-LARGEST_CACHE: Final = 16_000_000
-"""Tokens of one backend's cache that are mirrored at most: about 4 KiB characters a block, so 16,000 blocks."""
+LARGEST_CACHE: Final = 8_000_000
+"""Tokens of one backend's cache that are mirrored at most. In the shortest blocks (256 characters) that is 125,000 entries."""
 
 SMALLEST_CACHE: Final = 4096
 _SILENT: Final = 20  # answers without a cached token, of prompts thought to be cached: the backend does not say

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final, NamedTuple
+from typing import Final
 
 from .admission import AdmissionQueue
 from .backends import Backends
 from .fair import Accounts
 from .feedback import Feedback
+from .look import Candidate, Snapshot
 from .policy import Policy, cached_tokens
 from .tickets import BOUNDS, PRIORITIES, Bounds, Hopeless, Load, QueueFull, Ticket
 from .usage import Usage
@@ -35,30 +36,6 @@ GROWTH: Final = 0.5
 
 DOUBT: Final = 2.0
 """A ticket is hopeless if it would be late even if things went this many times faster than predicted."""
-
-
-class Candidate(NamedTuple):
-    """What speaks for and against a backend: its cost (lower is better), the prompt's tokens in its cache, the seconds until
-    its prompts are read, and why it cannot have the ticket now (empty: it can)."""
-
-    name: str
-    cost: float
-    cached_tokens: int
-    wait: float
-    why_not: str
-
-
-class Snapshot(NamedTuple):
-    """Numbers to show: waiting tickets by priority and their bytes; by backend, requests in flight and tokens that its cache
-    is thought to hold; prompt tokens thought to be cached and said to have been; token work done by tenant."""
-
-    depth: dict[str, int]
-    bytes: int
-    inflight: dict[str, int]
-    index_tokens: dict[str, int]
-    predicted_cached_tokens: int
-    actual_cached_tokens: int
-    served: dict[str, float]
 
 
 class Scheduler:
@@ -124,9 +101,11 @@ class Scheduler:
         waits = backends.waits(now)
         if len(waits) > 1:
             backends.arrival()
-        if not queue:
+        if not queue.lines:
             i = self._place(ticket, waits)
             if i >= 0 and self._open(i, waits):
+                if ticket.deadline < math.inf:
+                    self._refuse_if_hopeless(ticket, self._seconds(ticket, i), waits[i], now)
                 self._bind(ticket, i, now)
                 return True
         self._admit(ticket, waits, now)
@@ -150,7 +129,7 @@ class Scheduler:
     def schedule(self, now: float) -> list[Ticket]:
         """The tickets that get a backend now, in order."""
         queue, backends = self.queue, self.backends
-        if not queue:
+        if not queue.lines:
             return []
         backends.doubt(now)
         waits = backends.waits(now)
@@ -184,7 +163,7 @@ class Scheduler:
 
     def next_wake(self, now: float) -> float | None:
         """When `expire` or `schedule` has something to do, if no event comes before; None: never."""
-        if not self.queue:
+        if not self.queue.lines:
             return None
         rows = zip(self.backends.drained, self.backends.floor, strict=True)
         opening = min((drained - TAU for drained, floor in rows if floor <= TAU and drained - TAU > now), default=math.inf)
@@ -255,15 +234,15 @@ class Scheduler:
         may = [i for i in backends.eligible(ticket.model) if backends.names[i] not in ticket.tried]
         best = min([self._seconds(ticket, i) for i in may], default=0.0)
         ahead = (queue.work + sum([waits[i] for i in may])) / len(may) if may else 0.0
-        self._refuse_if_hopeless(ticket, best, ahead, now)
+        self._refuse_if_hopeless(ticket, best, min(ahead, queue.seconds_for(len(queue) + 1) or 0.0), now)
         self._usual += 0.02 * (best - self._usual)
         ticket.seconds = best
         ticket.key = ticket.arrived + max(LEAST_B, GROWTH * ahead / max(1e-3, self._usual)) * best
         queue.put(ticket, now)
 
-    def _refuse_if_hopeless(self, ticket: Ticket, best: float, ahead: float, now: float) -> None:
-        wait = min(ahead, self.queue.seconds_for(len(self.queue) + 1) or 0.0) / DOUBT
-        late = max(now + wait + best / DOUBT - ticket.deadline, now + wait - ticket.expires)
+    def _refuse_if_hopeless(self, ticket: Ticket, prompt: float, wait: float, now: float) -> None:
+        begun = now + wait / DOUBT
+        late = max(begun + prompt / DOUBT - ticket.deadline, begun - ticket.expires)
         if late > 0.0 and self.backends.rates.known:
             raise Hopeless(self._retry_after(late))
 
