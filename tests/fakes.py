@@ -16,9 +16,15 @@ from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from gateway.app import App
-from gateway.backend import Backend, HTTPBackend, Kind
+from gateway.backend import Backend, HTTPBackend
 from gateway.core import wire
+from gateway.core.backend_settings import Kind
+from gateway.core.policy import ExpectedCompletion
 from gateway.core.record import Record
+from gateway.core.reports import Report
+from gateway.core.retry_budget import RetryBudget
+from gateway.core.scheduler import Scheduler
+from gateway.core.settings import Settings
 from gateway.core.status import Status
 from gateway.dispatch import Dispatcher
 from gateway.exchange import Timeouts
@@ -113,23 +119,28 @@ class FakeAgent:
 class Gateway:
     """The app on a stopped clock and, but for a given backend, before a fake agent; clients reach it through treq."""
 
-    def __init__(self, backend: Backend | None = None, *, kind: Kind | None = "openai", **settings: Any) -> None:
+    def __init__(
+        self, backend: Backend | None = None, *, kind: Kind | None = "openai", looked_at: bool = True, **settings: Any
+    ) -> None:
         self.clock = Clock()
         self.agent = FakeAgent()
         client = BackendClient(self.agent)
         self.backend = backend or HTTPBackend("b", "http://b:1", client, self.clock, TIMEOUTS, kind=kind, **settings)
-        self.dispatcher = Dispatcher(self.backend)
-        self.pool = Pool(self.backend, self.clock, 2.0, random=lambda: 0.5)
+        self.pool = Pool([self.backend], Settings(probe_down=1), self.clock, random=lambda: 0.5)
+        if looked_at:
+            self.pool._reported(self.backend.name, Report(kind or "openai"))  # as if a look had found it in order
+        scheduler = Scheduler(ExpectedCompletion())
+        self.dispatcher = Dispatcher(scheduler, self.pool, {self.backend.name: self.backend}, self.clock)
         self.records: list[Record] = []
         self.metrics = Metrics(self.status, self.clock.seconds)
-        inference = Inference(self.dispatcher, self.clock.seconds, forward_authorization=False)
+        inference = Inference(self.dispatcher, self.clock.seconds, RetryBudget(0.1))
         observers = (self.metrics, self.records.append)
-        self.app = App(inference, self.backend, self.status, self.metrics, observers, self.clock.seconds)
+        self.app = App(inference, self.dispatcher, self.status, self.metrics, observers, self.clock.seconds)
         self.client: Any = StubTreq(self.app.resource())
 
     def status(self) -> Status:
         """How things stand."""
-        return Status(self.dispatcher.inflight, 0, 0, self.app.draining, self.pool.snapshot())
+        return Status(self.dispatcher.scheduler.snapshot(), 0, 0, self.app.draining, self.pool.snapshot())
 
     def post(self, body: bytes = HELLO, **headers: str) -> Deferred[Any]:
         named = {name.replace("_", "-"): value for name, value in headers.items()}

@@ -14,8 +14,8 @@ from twisted.web._newclient import ParseError, RequestTransmissionFailed
 from twisted.web.client import ResponseFailed, ResponseNeverReceived
 from twisted.web.http import PotentialDataLoss
 
-from gateway.backend import Kind
 from gateway.core import sse
+from gateway.core.backend_settings import Kind
 from gateway.core.usage import UsageMeter
 
 from .conftest import Logged
@@ -210,7 +210,7 @@ def test_no_answer_has_a_status_and_a_code(gateway: Gateway, reason: Exception, 
     assert error_of(gateway, answer)["code"] == code
     (record,) = gateway.records
     assert (record.status, record.code, record.fault) == (status, code, "backend")
-    assert gateway.dispatcher.inflight == {"b": 0}
+    assert gateway.status().scheduling.inflight == {"b": 0}
 
 
 def truncated() -> Exception:
@@ -293,7 +293,7 @@ def test_a_cancelled_request_ends_in_the_same_turn(gateway: Gateway) -> None:
     gateway.post()
     assert gateway.app.cut() == 1
     assert gateway.agent.cancelled == 1
-    assert gateway.dispatcher.inflight == {"b": 0}
+    assert gateway.status().scheduling.inflight == {"b": 0}
     assert not gateway.clock.getDelayedCalls()
 
 
@@ -615,7 +615,6 @@ def test_models_are_the_backends(gateway: Gateway) -> None:
         response = gateway.get("/v1/models/" + quote(id, safe=""))
         gateway.agent.answer(FakeResponse(), json.dumps({"data": [{"id": id}]}).encode())
         assert json.loads(body_of(gateway, gateway.done(response))) == {"id": id}
-    assert {record.backend for record in gateway.records} == {"b"}
     assert "gateway_time_to_first_token_seconds_count" not in gateway.metrics.page("text/plain")[1].decode()
     response = gateway.get("/v1/models")
     gateway.agent.fail(error.ConnectionRefusedError())
@@ -625,36 +624,3 @@ def test_models_are_the_backends(gateway: Gateway) -> None:
         gateway.agent.answer(FakeResponse(401), b'{"error":"no key"}')
         answer = gateway.done(response)
         assert (answer.code, body_of(gateway, answer)) == (401, b'{"error":"no key"}')
-
-
-def test_a_llama_server_that_refuses_to_list_its_models_is_still_one() -> None:
-    gateway = Gateway(kind=None)
-    gateway.pool.startService()
-    gateway.agent.answer(FakeResponse(), listing("llamacpp"))
-    gateway.clock.advance(2.0)
-    gateway.agent.answer(FakeResponse(401), b"{}")
-    gateway.pool.stopService()
-    assert (gateway.pool.snapshot()[0].kind, gateway.pool.snapshot()[0].state) == ("llamacpp", "healthy")
-
-
-# --- the pool
-
-
-def test_the_pool_follows_the_backend() -> None:
-    gateway = Gateway(kind=None)
-    gateway.pool.startService()
-    assert gateway.pool.snapshot()[0].state == "warming"
-    gateway.agent.fail(error.ConnectionRefusedError())
-    assert gateway.pool.snapshot()[0].state == "unhealthy"
-    gateway.clock.advance(2.0)
-    gateway.agent.answer(FakeResponse(server="llama.cpp"), listing("x"))
-    seen = gateway.pool.snapshot()[0]
-    assert (seen.state, seen.kind, seen.models) == ("healthy", "llamacpp", frozenset({"m"}))
-    gateway.clock.advance(2.0)
-    gateway.clock.advance(5.0)  # the probe has its own, short timeout
-    assert gateway.pool.snapshot()[0].state == "unhealthy"
-    assert "first_byte_timeout" in gateway.pool.snapshot()[0].reason
-    gateway.clock.advance(2.0)
-    gateway.pool.stopService()
-    assert not gateway.clock.getDelayedCalls()
-    assert gateway.agent.cancelled == 2

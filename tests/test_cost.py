@@ -16,11 +16,12 @@ from typing import Any, cast
 import pytest
 from twisted.internet.testing import StringTransport
 
-from gateway.core.settings import Settings
+from gateway.core.reports import Report
+from gateway.core.settings import Source, resolve
 from gateway.logs import LineObserver
 from gateway.service import Gateway
 
-REQUEST_CALLS = 170
+REQUEST_CALLS = 236
 EVENT_CALLS = 14
 
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hello"}]%b}'
@@ -65,8 +66,9 @@ class Both:
 
     def __init__(self, listening: socket.socket) -> None:
         self.reactor = Still()
-        settings = Settings(backend_url="http://127.0.0.1:9", backend_kind="openai")
+        settings = resolve([Source("test", "file", {"backend_url": "http://127.0.0.1:9", "backend_kind": "openai"})])
         gateway = Gateway(settings, self.reactor, listening, LineObserver(lambda line: None, "text"))
+        gateway.pool._reported(gateway.backends[0].name, Report("openai"))
         self.channel = cast(Any, gateway.server.buildProtocol(None))
         self.client = StringTransport()
         self.channel.makeConnection(self.client)

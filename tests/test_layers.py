@@ -13,10 +13,12 @@ IMPURE = {"time", "socket", "asyncio", "threading", "os", "pathlib", "random", "
 LOW_TO_HIGH = [
     "net",
     "exchange",
+    "probe",
     "backend",
     "echo",
     "pool",
     "dispatch",
+    "hedge",
     "relay",
     "inference",
     "metrics",

@@ -5,10 +5,11 @@ The map, from the outside in:
     service     options, the composition root, start and drain
     app         Klein routes; errors become OpenAI error bodies; one record per request
     inference   the life of one request, top to bottom
-    dispatch    which backend a request gets, and how many it holds
+    hedge       a second backend for a stream that is late
+    dispatch    waits for the backend that the scheduler gives a request
     relay       a backend's reply on its way to the client
     backend     a model server behind HTTP          echo      no server at all
-    pool        is the backend there, and what is it
+    pool        the state of every backend               probe     a look at one
     metrics     Prometheus and JSON                 logs      log lines
     net         sockets: the server's channel, the client's agent
     core        pure: values in, values out; no clock, no socket, no Twisted

@@ -8,6 +8,7 @@ from random import getrandbits
 from typing import Final
 from uuid import uuid4
 
+import msgspec
 from klein import Klein
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, succeed
 from twisted.logger import Logger
@@ -17,15 +18,16 @@ from twisted.web.server import Request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import PathConverter
 
-from .backend import Answer, Backend
+from .backend import Answer
 from .core import wire
 from .core.errors import GatewayError, internal_error
 from .core.record import Record
 from .core.status import Status
+from .dispatch import Dispatcher
 from .inference import Inference
 from .metrics import Metrics
 from .net.channel import Refusal
-from .net.request import Handle
+from .net.request import Handle, body_of
 from .relay import connected, cut, relay
 
 _log: Final = Logger("gateway.app")
@@ -45,7 +47,8 @@ class _ModelId(PathConverter):
 class App:
     """The HTTP face of the gateway.
 
-    ``now`` gives seconds on the monotonic clock. ``observers`` see every record once.
+    ``now`` gives seconds on the monotonic clock. ``observers`` see every record once. ``admin``: the routes under /admin are
+    there.
     """
 
     router = Klein()
@@ -56,15 +59,18 @@ class App:
     def __init__(
         self,
         inference: Inference,
-        backend: Backend,
+        dispatcher: Dispatcher,
         status: Callable[[], Status],
         metrics: Metrics,
         observers: Sequence[Observer],
         now: Callable[[], float],
+        *,
+        admin: bool = True,
     ) -> None:
         self.draining = False
         self._inference = inference
-        self._backend = backend
+        self._dispatcher = dispatcher
+        self._admin = admin
         self._status = status
         self._metrics = metrics
         self._observers = observers
@@ -98,7 +104,7 @@ class App:
     @router.route("/v1/models/<model:id>", methods=["GET"])
     def model(self, request: Request, id: str) -> Deferred[None]:
         async def answer(request: Request, record: Record) -> None:
-            listing = await self._list_models(request, record)
+            listing = await self._list_models(request)
             if listing.status < 400:
                 listing = listing._replace(body=wire.find_model(listing.body, id))
             await relay(listing, request, record, self._now)
@@ -117,6 +123,17 @@ class App:
     def metrics(self, request: Request) -> Deferred[None]:
         return self._run(request, "/metrics", self._metrics_page)
 
+    @router.route("/admin/explain", methods=["POST"])
+    def explain(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/admin/explain", self._explain)
+
+    @router.route("/admin/backends/<name>", methods=["POST"])
+    def change_backend(self, request: Request, name: str) -> Deferred[None]:
+        async def change(request: Request, record: Record) -> None:
+            self._change_backend(request, record, name)
+
+        return self._run(request, "/admin/backends/{name}", change)
+
     @router.handle_errors(HTTPException)  # type: ignore[arg-type]  # klein wants IRequest, and gives what Server makes
     def no_route(self, request: Request, failure: Failure) -> bytes:
         """No route, or not with this method. Klein itself writes what this returns, and finishes the request."""
@@ -134,11 +151,38 @@ class App:
         return self._inference.infer(request, record)
 
     async def _models(self, request: Request, record: Record) -> None:
-        await relay(await self._list_models(request, record), request, record, self._now)
+        await relay(await self._list_models(request), request, record, self._now)
 
-    async def _list_models(self, request: Request, record: Record) -> Answer:
-        record.sent_to(self._backend.name)
-        return await self._backend.models(self._inference.forwardable(request))
+    async def _list_models(self, request: Request) -> Answer:
+        """The union of what the backends serve; of backends that tell only their clients, what they tell this one."""
+        entries = self._dispatcher.pool.models()
+        if not entries and self._dispatcher.pool.known_models() is None:
+            return await self._dispatcher.ask_models(self._inference.forwardable(request))
+        return Answer(200, [(b"Content-Type", b"application/json")], wire.listing(entries))
+
+    async def _explain(self, request: Request, record: Record) -> None:
+        """Where a request would go, and why; it is not sent."""
+        self._check_admin(request)
+        candidates = self._dispatcher.explain(self._inference.read(request, record))
+        answer = {"policy": self._dispatcher.scheduler.policy.name, "candidates": [one._asdict() for one in candidates]}
+        _reply(request, record, msgspec.json.encode(answer))
+
+    def _change_backend(self, request: Request, record: Record, name: str) -> None:
+        """Take a backend out of service (``{"draining": true}``), or back."""
+        self._check_admin(request)
+        change = wire.parse_change(body_of(request))
+        pool = self._dispatcher.pool
+        try:
+            pool.drain(name) if change.draining else pool.undrain(name)
+        except KeyError:
+            known = ", ".join(state.name for state in pool.snapshot())
+            raise GatewayError("unknown_url", f"There is no backend '{name[:200]}'; there are {known}.") from None
+        state = next(state for state in pool.snapshot() if state.name == name)
+        _reply(request, record, msgspec.json.encode({"name": name, "state": state.state, "in_flight": state.held}))
+
+    def _check_admin(self, request: Request) -> None:
+        if not self._admin:
+            raise _no_route(request, None)
 
     async def _healthz(self, request: Request, record: Record) -> None:
         _reply(request, record, b'{"status": "ok"}')

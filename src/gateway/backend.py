@@ -7,7 +7,7 @@ honest status. Whatever goes wrong on the way comes out as `BackendFailed`.
 
 from __future__ import annotations
 
-from typing import Any, Final, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 from treq.client import HTTPClient
@@ -15,12 +15,14 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
 from .core import assembly, sse, usage, wire
+from .core.backend_settings import Kind
 from .core.errors import UNDECODABLE, BackendFailed
+from .core.reports import Report
 from .core.usage import Usage
 from .exchange import Exchange, Receive, Timeouts, Timers
 from .net.headers import Pairs, RawHeaders
-
-Kind = Literal["llamacpp", "openai", "echo"]
+from .probe import TIMEOUTS as PROBE_TIMEOUTS
+from .probe import Prober, retry_after
 
 
 class Answer(NamedTuple):
@@ -57,13 +59,6 @@ class Stream(Protocol):
         """Nobody wants the rest: the backend's connection closes at once."""
 
 
-class Probe(NamedTuple):
-    """What a look at a backend found: what it is, and the ids of its models."""
-
-    kind: Kind
-    models: tuple[str, ...]
-
-
 class Backend(Protocol):
     """One server."""
 
@@ -75,11 +70,8 @@ class Backend(Protocol):
     async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
         """Its list of models, or the 4xx with which it refuses to tell. Raises `BackendFailed`."""
 
-    async def probe(self) -> Probe:
+    async def probe(self) -> Report:
         """Raises `BackendFailed`. Costs no generation."""
-
-
-PROBE_TIMEOUTS: Final = Timeouts(first_byte=5.0, idle=5.0, total=5.0)
 
 
 class HTTPBackend:
@@ -95,12 +87,11 @@ class HTTPBackend:
         *,
         kind: Kind | None = None,
         api_key: str | None = None,
+        own_key: bool = True,
         stream_usage: bool = True,
         max_answer: int = 64 * 1024 * 1024,
     ) -> None:
         self.name = name
-        self.kind = kind
-        self._detect = kind is None
         self._url = url.encode("ascii")
         self._client = client
         self._timers = Timers(clock, timeouts)
@@ -108,13 +99,14 @@ class HTTPBackend:
         self._authorization = f"Bearer {api_key}".encode("ascii") if api_key else None
         self._stream_usage = stream_usage
         self._max_answer = max_answer
+        given = [(b"authorization", self._authorization)] if self._authorization else []
+        self._prober = Prober(self._url, client, clock, kind=kind, headers=given, own_key=own_key)
 
     async def send(self, call: wire.Call) -> Answer | Stream:
-        if self.kind is None:
-            await self._identify()
+        kind = self._prober.kind or await self._prober.ask_kind()
         stream = call.stream
-        assemble = self.kind == "llamacpp" and not stream
-        ask_usage = stream and self.kind != "llamacpp" and self._stream_usage and not call.include_usage
+        assemble = kind == "llamacpp" and not stream
+        ask_usage = stream and kind != "llamacpp" and self._stream_usage and not call.include_usage
         body = wire.as_stream(call.body) if assemble else wire.with_usage(call.body) if ask_usage else call.body
         exchange = Exchange(self._client, self._timers, self._max_answer)
         exchange.usage_added = ask_usage
@@ -128,32 +120,12 @@ class HTTPBackend:
         return exchange
 
     async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
-        return _judged((await self._list_models(headers))[0])
-
-    async def probe(self) -> Probe:
-        answer, server = await self._list_models([])
-        # A server that refuses to list its models (no key, no such route, knows no GET) is there all the same.
-        refuses = 400 <= answer.status < 500 or answer.status == 501
-        listed = [] if refuses else _listed(_judged(answer))
-        llama = server.lower().startswith(b"llama.cpp") or any(entry.get("owned_by") == "llamacpp" for entry in listed)
-        if self._detect and (llama or not refuses or self.kind is None):
-            self.kind = "llamacpp" if llama else "openai"
-        return Probe(self.kind or "openai", tuple(entry["id"] for entry in listed))
-
-    async def _list_models(self, headers: list[tuple[bytes, bytes]]) -> tuple[Answer, bytes]:
-        """The answer as it is, and what the server calls itself."""
         exchange = Exchange(self._client, self._probe_timers, self._max_answer)
         await exchange.open("GET", self._url + b"/v1/models", RawHeaders(self._headers(headers)), None)
-        return Answer(exchange.status, exchange.headers, await exchange.content()), exchange.server
+        return _judged(Answer(exchange.status, exchange.headers, await exchange.content()))
 
-    async def _identify(self) -> None:
-        """Ask what the backend is before the first request; one that will not tell is a plain OpenAI server."""
-        try:
-            await self.probe()
-        except BackendFailed as failure:
-            if failure.code in ("backend_unreachable", "connect_timeout"):
-                raise
-            self.kind = self.kind or "openai"
+    async def probe(self) -> Report:
+        return await self._prober.look()
 
     def _headers(self, given: Pairs) -> Pairs:
         if self._authorization:
@@ -171,10 +143,8 @@ def _judged(answer: Answer) -> Answer:
         return answer
     detail = f"a body of {len(answer.body)} bytes"
     if status >= 500:
-        wait = next((value for name, value in answer.headers if name.lower() == b"retry-after"), b"")
-        retry_after = float(wait) if wait.isdigit() and len(wait) < 6 else None
-        message = f"The backend failed with status {status}."
-        raise BackendFailed("backend_error", message, detail=detail, said=_said(answer.body), retry_after=retry_after)
+        message, wait = f"The backend failed with status {status}.", retry_after(answer.headers)
+        raise BackendFailed("backend_error", message, detail=detail, said=_said(answer.body), retry_after=wait)
     raise BackendFailed("backend_protocol_error", f"The backend answered with status {status}.", detail=detail)
 
 
@@ -217,11 +187,3 @@ async def _assembled(exchange: Exchange, limit: int) -> Answer:
         raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
     kept = [(name, value) for name, value in exchange.headers if name.lower() != b"content-type"]
     return _with_usage(Answer(exchange.status, [*kept, (b"Content-Type", b"application/json; charset=utf-8")], body))
-
-
-def _listed(answer: Answer) -> list[dict[str, Any]]:
-    try:
-        return wire.models(answer.body)
-    except UNDECODABLE as problem:
-        message = "The backend's list of models is not in OpenAI's form."
-        raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None

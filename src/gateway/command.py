@@ -12,7 +12,8 @@ from dotenv.parser import parse_stream
 from twisted.python import usage
 
 from . import __version__
-from .core.settings import Settings, SettingsError, Source, option_rows, resolve
+from .core.readers import SettingsError
+from .core.settings import Settings, Source, option_rows, resolve
 from .net.reactor import install as install_reactor
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.internet.task import CooperativeTask, Cooperator, TaskStopped
 from zope.interface import implementer
 
-from .backend import Answer, Probe, Stream
+from .backend import Answer, Stream
 from .core import wire
+from .core.reports import Report
 from .core.usage import Usage
 from .exchange import Receive
 
@@ -31,7 +32,7 @@ class EchoBackend:
     def __init__(self, clock: IReactorTime, time: Callable[[], float]) -> None:
         self._time = time
         self._cooperator = Cooperator(scheduler=lambda step: clock.callLater(0.0, step))
-        self._started = int(time())
+        self._listing = wire.model_list([MODEL], int(time()))
 
     async def send(self, call: wire.Call) -> Answer | Stream:
         messages = call.chat.messages
@@ -47,10 +48,10 @@ class EchoBackend:
         return EchoStream(events, self._cooperator, usage_added=not call.include_usage)
 
     async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
-        return Answer(200, [(b"Content-Type", b"application/json")], wire.model_list([MODEL], self._started))
+        return Answer(200, [(b"Content-Type", b"application/json")], self._listing)
 
-    async def probe(self) -> Probe:
-        return Probe("echo", (MODEL,))
+    async def probe(self) -> Report:
+        return Report("echo", models=tuple(wire.models(self._listing)))
 
 
 @implementer(IPushProducer)

@@ -25,6 +25,9 @@ from .core.record import Record
 MAX_TEXT: Final = 8 * 1024
 """Characters of a message or a traceback that a line keeps."""
 
+SHOWN: Final = 0.0005
+"""Seconds in the queue that a line tells of."""
+
 GATHER_SECONDS: Final = 0.05
 GATHERED: Final = 1000
 """Lines of requests are written at the latest after this time, and when there are this many."""
@@ -63,7 +66,7 @@ class AccessText:
         self._texts: dict[tuple[object, ...], tuple[str, str]] = {}
 
     def __call__(self, record: Record) -> str:
-        if record.code or record.first_token is not None:
+        if record.code or record.retries or record.first_token is not None:
             return str(access_fields(record))
         same = (
             record.route,
@@ -75,6 +78,7 @@ class AccessText:
             record.client,
             record.finish_reason,
             record.method,
+            record.decision,
         )
         before, after = self._texts.get(same) or self._make(same, record)
         used = record.usage
@@ -83,16 +87,19 @@ class AccessText:
         cached = f" cached_tokens={used.cached_tokens}" if used.cached_tokens else ""
         if used.estimated and completion:
             completion += " estimated=true"
+        queued = f" queue_ms={_ms(record.queued)}" if record.queued >= SHOWN else ""
         milliseconds = round((record.ended - record.started) * 1000, 2)
-        return f"request_id={_text(record.request_id)}{before}{milliseconds}{prompt}{completion}{cached}{after}"
+        return f"request_id={_text(record.request_id)}{before}{milliseconds}{queued}{prompt}{completion}{cached}{after}"
 
     def _make(self, same: tuple[object, ...], record: Record) -> tuple[str, str]:
         model = f" model={_text(record.model[:128])}" if record.model else ""
         backend = f" backend={record.backend} attempts={record.attempts}" if record.backend else ""
+        decision = f" decision={_text(record.decision)}" if record.decision else ""
         stream = " stream=true" if record.stream else ""
         finish = f" finish_reason={_text(record.finish_reason)}" if record.finish_reason else ""
         client = f" client={record.client}" if record.client else ""
-        before = f" method={record.method} route={record.route} status={record.status}{model}{backend}{stream} duration_ms="
+        before = f" method={record.method} route={record.route} status={record.status}{model}{backend}"
+        before += f"{decision}{stream} duration_ms="
         if len(self._texts) >= self._most:
             self._texts.clear()
         self._texts[same] = made = (before, f"{finish}{client}")
@@ -110,9 +117,15 @@ def access_fields(record: Record) -> Fields:
     if record.backend:
         fields["backend"] = record.backend
         fields["attempts"] = record.attempts
+    if record.retries:
+        fields["retried"] = ",".join(record.retries)
+    if record.decision:
+        fields["decision"] = record.decision
     if record.stream:
         fields["stream"] = True
     fields["duration_ms"] = _ms(record.ended - record.started)
+    if record.queued >= SHOWN:
+        fields["queue_ms"] = _ms(record.queued)
     if record.first_token is not None:
         fields["first_token_ms"] = _ms(record.first_token - record.started)
     _add_usage(fields, record)

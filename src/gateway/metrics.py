@@ -18,6 +18,7 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from .core import wire
+from .core.look import Snapshot
 from .core.record import Record
 from .core.status import Status
 
@@ -67,6 +68,8 @@ class Metrics:
         self._started = now()
         self._requests: dict[tuple[str, str, str, int, str, str], int] = {}
         self._duration: dict[str, _Histogram] = {}
+        self._queued: dict[str, _Histogram] = {}
+        self._retries: dict[str, int] = {}
         self._first_token: dict[str, _Histogram] = {}
         self._per_token: dict[str, _Histogram] = {}
         self._tokens: dict[tuple[str, str], int] = {}
@@ -83,6 +86,10 @@ class Metrics:
         ended = (route, model, record.backend, record.status, record.code, record.fault or "")
         self._requests[ended] = self._requests.get(ended, 0) + 1
         _observe(self._duration, route, SECONDS, record.ended - record.started)
+        if record.backend:
+            _observe(self._queued, route, SECONDS, record.queued)
+            for code in record.retries:
+                self._retries[code] = self._retries.get(code, 0) + 1
         used = record.usage
         if used.prompt_tokens:
             self._count("prompt", model, used.prompt_tokens)
@@ -105,7 +112,7 @@ class Metrics:
             return ""
         if record.ended >= self._labels_until:
             self._labels_until = record.ended + LABELS_SECONDS
-            self._model_labels = {name: name for backend in self._status().backends for name in backend.models}
+            self._model_labels = {name: name for backend in self._status().backends for name in backend.models or ()}
         return self._model_labels.get(model, "other")
 
     # --- what it looks like from outside
@@ -134,6 +141,7 @@ class Metrics:
         for (kind, _), number in self._tokens.items():
             tokens[kind] += number
         status = self._status()
+        scheduling = status.scheduling
         return {
             "request_count": sum(count for _, count in ended),
             "error_count": sum(count for code, count in failed.items() if code != "client_cancelled"),
@@ -144,12 +152,22 @@ class Metrics:
             "cached_tokens": tokens["cached"],
             "client_cancelled_count": failed.get("client_cancelled", 0),
             "errors": failed,
-            "in_flight": sum(status.inflight.values()),
+            "in_flight": sum(scheduling.inflight.values()),
+            "queued": sum(scheduling.depth.values()),
+            "retries": sum(self._retries.values()),
             "connections": status.connections,
             "draining": status.draining,
             "uptime_seconds": round(self._now() - self._started, 3),
             "backends": [
-                {"name": seen.name, "kind": seen.kind, "state": seen.state, "in_flight": status.inflight.get(seen.name, 0)}
+                {
+                    "name": seen.name,
+                    "kind": seen.kind,
+                    "state": seen.state,
+                    "reason": seen.reason,
+                    "breaker": seen.breaker,
+                    "slots": seen.slots,
+                    "in_flight": scheduling.inflight.get(seen.name, 0),
+                }
                 for seen in status.backends
             ],
         }
@@ -164,10 +182,15 @@ class Metrics:
         yield _family(
             "gateway_request_duration_seconds", "From the whole request in to the answer out.", "route", self._duration
         )
+        yield _family("gateway_queue_wait_seconds", "From the whole request in to a backend for it.", "route", self._queued)
         name = "gateway_time_to_first_token_seconds"
         yield _family(name, "From the whole request in to the first token of a stream.", "route", self._first_token)
         name = "gateway_time_per_output_token_seconds"
         yield _family(name, "Mean time between the tokens of one stream.", "model", self._per_token)
+        retries = CounterMetricFamily("gateway_retries", "Attempts that failed and were followed by another.", labels=["code"])
+        for code, number in self._retries.items():
+            retries.add_metric([code], number)
+        yield retries
         tokens = CounterMetricFamily("gateway_tokens", "Tokens of answered requests.", labels=["type", "model"])
         for (kind, model), number in self._tokens.items():
             tokens.add_metric([kind, model], number)
@@ -189,11 +212,36 @@ def _family(name: str, help: str, label: str, series: dict[str, _Histogram]) -> 
     return family
 
 
+def _scheduling(seen: Snapshot) -> Iterator[Metric]:
+    depth = GaugeMetricFamily("gateway_queue_depth", "Requests that wait for a backend.", labels=["priority"])
+    for priority, number in seen.depth.items():
+        depth.add_metric([priority], number)
+    yield depth
+    yield GaugeMetricFamily("gateway_queue_bytes", "Their bodies.", value=seen.bytes)
+    index = GaugeMetricFamily("gateway_prefix_index_tokens", "Tokens that a cache is thought to hold.", labels=["backend"])
+    for name, tokens in seen.index_tokens.items():
+        index.add_metric([name], tokens)
+    yield index
+    for kind, number in (("predicted", seen.predicted_cached_tokens), ("actual", seen.actual_cached_tokens)):
+        name = f"gateway_prefix_cached_tokens_{kind}"
+        yield CounterMetricFamily(name, f"Prompt tokens from a backend's cache, as {kind}.", value=number)
+
+
 def _gauges(status: Status) -> Iterator[Metric]:
     inflight = GaugeMetricFamily("gateway_inflight", "Requests that a backend holds.", labels=["backend"])
-    for name, count in status.inflight.items():
+    for name, count in status.scheduling.inflight.items():
         inflight.add_metric([name], count)
     yield inflight
+    yield from _scheduling(status.scheduling)
+    breaker = GaugeMetricFamily("gateway_breaker_state", "1 for the state a breaker is in.", labels=["backend", "state"])
+    transitions = CounterMetricFamily("gateway_breaker_transitions", "Times that a breaker opened.", labels=["backend"])
+    slots = GaugeMetricFamily("gateway_backend_slots", "Requests that a backend works on at once.", labels=["backend"])
+    for backend in status.backends:
+        breaker.add_metric([backend.name, backend.breaker], 1)
+        transitions.add_metric([backend.name], backend.opened)
+        if backend.slots is not None:
+            slots.add_metric([backend.name], backend.slots)
+    yield from (breaker, transitions, slots)
     state = GaugeMetricFamily("gateway_backend_state", "1 for the state a backend is in.", labels=["backend", "state"])
     for backend in status.backends:
         state.add_metric([backend.name, backend.state], 1)

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IPullProducer, IPushProducer
+from twisted.internet.interfaces import IDelayedCall, IPullProducer, IPushProducer, IReactorTime
 from twisted.logger import Logger
 from twisted.web.server import Request
 from zope.interface import implementer
@@ -19,6 +19,8 @@ from .backend import Answer, Stream
 from .core import sse
 from .core.errors import BackendFailed, GatewayError, internal_error
 from .core.record import Record
+from .core.scheduler import Scheduler
+from .core.tickets import Ticket
 from .core.usage import UsageMeter
 
 _log: Final = Logger("gateway.relay")
@@ -50,9 +52,15 @@ def relay(reply: Answer | Stream, request: Request, record: Record, now: Callabl
 
 async def _answer(answer: Answer, request: Request, record: Record) -> None:
     record.usage, record.finish_reason = answer.usage, answer.finish_reason
-    _start(answer, request, record)
+    in_stream = bool(request.startedWriting)  # comments have gone before
+    if not in_stream:
+        _start(answer, request, record)
     if answer.status >= 400:
         record.failed(GatewayError("rejected_by_backend", "The backend refused the request."))
+    if in_stream:
+        request.write(sse.encode(answer.body))
+        request.finish()
+        return
     request.setHeader(b"content-length", b"%d" % len(answer.body))
     if len(answer.body) <= WHOLE:
         request.write(answer.body)
@@ -122,6 +130,68 @@ async def _stream(stream: Stream, request: Request, record: Record, now: Callabl
     request.finish()
 
 
+def _unbuffered(request: Request) -> None:
+    """Proxies on the way pass events on as they come."""
+    request.setHeader(b"cache-control", b"no-cache")
+    request.setHeader(b"x-accel-buffering", b"no")
+
+
+class Heartbeat:
+    """A comment every ``interval`` seconds in a stream whose first event has not come: that it waits, and for how long yet.
+
+    The first one commits the status 200, so that what fails later is told in the stream.
+    """
+
+    ticket: Ticket | None = None
+    """What waits; whoever makes a new one says so."""
+
+    def __init__(self, request: Request, record: Record, scheduler: Scheduler, clock: IReactorTime, interval: float) -> None:
+        self.begun = False
+        self._request = request
+        self._record = record
+        self._scheduler = scheduler
+        self._clock = clock
+        self._interval = interval
+        self._timer: IDelayedCall | None = clock.callLater(interval, self._beat)
+
+    def _beat(self) -> None:
+        self._timer = self._clock.callLater(self._interval, self._beat)
+        if not self.begun:
+            self.begun = True
+            self._record.status = 200
+            self._request.setResponseCode(200)
+            self._request.setHeader(b"content-type", b"text/event-stream")
+            _unbuffered(self._request)
+        self._request.write(self._comment())
+
+    def _comment(self) -> bytes:
+        ticket = self.ticket
+        if ticket is None or not ticket.waiting:
+            return b": keep-alive\n\n"
+        ahead, seconds = self._scheduler.position(ticket, self._clock.seconds())
+        eta = b"" if seconds is None else b", eta %ds" % max(seconds, 1)
+        return b": queued %d%b\n\n" % (ahead + 1, eta)
+
+    def fail(self, error: GatewayError) -> None:
+        """Tell the client in the stream that has begun, and end it."""
+        self._record.failed(error)
+        self._request.write(sse.encode(error.body()))
+        self._request.finish()
+
+    def stop(self) -> None:
+        """No further comments."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+MakeHeartbeat = Callable[[Request, Record, Scheduler], Heartbeat | None]
+
+
+def no_heartbeat(request: Request, record: Record, scheduler: Scheduler) -> None:
+    """Streams that wait do so in silence."""
+
+
 class _Watch:
     """Passes events on, and reads in passing what the record wants to know."""
 
@@ -162,8 +232,7 @@ class _Watch:
 
     def _start(self) -> None:
         _start(self._stream, self._request, self._record)
-        self._request.setHeader(b"cache-control", b"no-cache")
-        self._request.setHeader(b"x-accel-buffering", b"no")
+        _unbuffered(self._request)
 
     def check_end(self, *, framed: bool) -> None:
         """Raises `BackendFailed` if the stream stopped before its answer was whole."""

@@ -6,6 +6,7 @@ Only this module knows the process: its files, environment, signals, clocks and 
 from __future__ import annotations
 
 import gc
+import ipaddress
 import os
 import resource
 import signal
@@ -15,21 +16,28 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
 from twisted.logger import ILogObserver, Logger
+from twisted.web.server import Request
 
 from . import __version__
 from .app import App
 from .backend import Backend, HTTPBackend
+from .core.backend_settings import BackendSettings
+from .core.policy import POLICIES
+from .core.record import Record
+from .core.retry_budget import RetryBudget
+from .core.scheduler import Scheduler
 from .core.settings import Settings
 from .core.status import Status
+from .core.tickets import Bounds
 from .dispatch import Dispatcher
 from .echo import EchoBackend
 from .exchange import Timeouts
+from .hedge import Hedge
 from .inference import Inference
 from .logs import LineObserver, RotatedFile, StandardOutput, access_log
 from .metrics import Metrics
@@ -37,6 +45,7 @@ from .net.agent import Agent, BackendClient
 from .net.channel import Limits
 from .net.server import Server
 from .pool import Pool
+from .relay import Heartbeat, no_heartbeat
 
 BACKLOG: Final = 4096
 SPARE_FILES: Final = 100
@@ -74,6 +83,13 @@ def _listen(host: str, port: int) -> socket.socket:
         raise StartError(f"cannot listen on {host} port {port} (--host, --port): {why}") from None
     listening.setblocking(False)
     return listening
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _allow_files(wanted: int) -> None:
@@ -121,38 +137,65 @@ class Gateway(Service):
         self._port: IListeningPort | None = None
         self._stopping = False
         self._hurry: Deferred[None] = Deferred()
-        self._agent: Agent | None = None
-        self.backend = self._make_backend()
-        self.dispatcher = Dispatcher(self.backend)
-        self.pool = Pool(self.backend, reactor, settings.probe_interval)
-        metrics = Metrics(self.status, time.monotonic)
-        inference = Inference(self.dispatcher, time.monotonic, forward_authorization=settings.forward_authorization)
+        self._agents: dict[float, Agent] = {}
+        self.backends = [self._make_backend(own) for own in settings.backends] or [EchoBackend(reactor, time.time)]
+        self.pool = Pool(self.backends, settings, reactor)
+        scheduler = Scheduler(
+            POLICIES[settings.policy](), Bounds(settings.queue_requests, settings.queue_bytes, settings.priority_aging)
+        )
+        self.dispatcher = Dispatcher(scheduler, self.pool, {one.name: one for one in self.backends}, reactor)
+        metrics = Metrics(self.status, reactor.seconds)
         observers = (metrics, access_log if observer is None else observer.access(reactor))
-        self.app = App(inference, self.backend, self.status, metrics, observers, time.monotonic)
+        self.app = App(
+            self._make_inference(),
+            self.dispatcher,
+            self.status,
+            metrics,
+            observers,
+            reactor.seconds,
+            admin=settings.admin == "on" or (settings.admin == "auto" and _is_loopback(settings.host)),
+        )
         limits = Limits(settings.max_body, settings.max_connections, settings.client_timeout, settings.idle_timeout)
         self.server = Server(self.app.resource(), limits, reactor, self.app.refused, self.app.known())
 
-    def _make_backend(self) -> Backend:
-        settings = self._settings
-        if settings.backend_url is None:
-            return EchoBackend(self._reactor, time.time)
-        self._agent = Agent(self._reactor, settings.connect_timeout)
+    def _make_backend(self, own: BackendSettings) -> Backend:
+        """Backends share an agent, unless they differ in how long a connection may take."""
+        agent = self._agents.setdefault(own.connect_timeout, Agent(self._reactor, own.connect_timeout))
         return HTTPBackend(
-            urlsplit(settings.backend_url).netloc,
-            settings.backend_url,
-            BackendClient(self._agent),
+            own.name,
+            own.url,
+            BackendClient(agent),
             self._reactor,
-            Timeouts(settings.first_byte_timeout, settings.idle_timeout, settings.total_timeout),
-            kind=None if settings.backend_kind == "auto" else settings.backend_kind,
-            api_key=settings.backend_api_key,
-            stream_usage=settings.stream_usage,
-            max_answer=settings.max_answer,
+            Timeouts(own.first_byte_timeout, own.idle_timeout, own.total_timeout),
+            kind=None if own.kind == "auto" else own.kind,
+            api_key=own.api_key,
+            own_key=own.api_key is not None or not self._settings.forward_authorization,
+            stream_usage=own.stream_usage,
+            max_answer=self._settings.max_answer,
+        )
+
+    def _make_inference(self) -> Inference:
+        settings, reactor = self._settings, self._reactor
+        interval = settings.queue_comments
+
+        def heartbeat(request: Request, record: Record, scheduler: Scheduler) -> Heartbeat:
+            return Heartbeat(request, record, scheduler, reactor, interval)
+
+        return Inference(
+            self.dispatcher,
+            reactor.seconds,
+            RetryBudget(settings.retry_budget),
+            forward_authorization=settings.forward_authorization,
+            queue_timeout=settings.queue_timeout,
+            max_attempts=settings.max_attempts,
+            heartbeat=heartbeat if interval else no_heartbeat,
+            hedge=Hedge(reactor) if settings.hedge else None,
         )
 
     def status(self) -> Status:
         """How things stand."""
         return Status(
-            self.dispatcher.inflight,
+            self.dispatcher.scheduler.snapshot(),
             self.server.connections,
             self.server.refused_connections,
             self.app.draining,
@@ -185,7 +228,7 @@ class Gateway(Service):
             version=__version__,
             host=host,
             port=address.port,
-            backend=self._settings.backend_url or "none: requests are echoed",
+            backend=", ".join(own.url for own in self._settings.backends) or "none: requests are echoed",
         )
 
     def _install_signals(self) -> None:
@@ -240,8 +283,9 @@ class Gateway(Service):
         await self._first_of(FLUSH_SECONDS, drained)
         self.server.abort()
         self.pool.stopService()
-        if self._agent is not None:
-            self._agent.close()
+        self.dispatcher.close()
+        for agent in self._agents.values():
+            agent.close()
         super().stopService()
         _log.info("stopped")
 

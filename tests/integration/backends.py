@@ -6,11 +6,9 @@ import json
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
-
-MODELS = b'{"object":"list","data":[{"id":"m","object":"model","owned_by":"test"}]}'
 
 
 class Connection:
@@ -83,7 +81,10 @@ Script = Callable[[Connection, tuple[bytes, dict[bytes, bytes], bytes]], None]
 class ScriptedBackend:
     """Answers GET by itself; every POST goes to the test's script, in a thread of its connection."""
 
-    def __init__(self, script: Script, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(self, script: Script, tls: ssl.SSLContext | None = None, models: Sequence[str] = ("m",)) -> None:
+        self._models = json.dumps(
+            {"object": "list", "data": [{"id": id, "object": "model", "owned_by": "test"} for id in models]}
+        ).encode()
         self._script = script
         self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
@@ -107,7 +108,7 @@ class ScriptedBackend:
                 connection.sock = self._tls.wrap_socket(connection.sock, server_side=True)
             while (request := connection.request()) is not None:
                 if request[0].startswith(b"GET"):
-                    connection.answer(MODELS)
+                    connection.answer(self._models)
                 else:
                     self.posts.append((connection.number, request[1], request[2]))
                     self._script(connection, request)
@@ -125,9 +126,9 @@ class ScriptedBackend:
 
 
 @contextmanager
-def backend(script: Script, tls: ssl.SSLContext | None = None) -> Iterator[ScriptedBackend]:
-    """A backend for the length of a block."""
-    running = ScriptedBackend(script, tls)
+def backend(script: Script, tls: ssl.SSLContext | None = None, models: Sequence[str] = ("m",)) -> Iterator[ScriptedBackend]:
+    """A backend with these models for the length of a block."""
+    running = ScriptedBackend(script, tls, models)
     try:
         yield running
     finally:

@@ -384,7 +384,7 @@ def test_each_request_is_one_line_in_either_format(tmp_path: Path) -> None:
         connection.answer(completion())
 
     body = {**HELLO, "model": "my model"}
-    with backend(script) as server:
+    with backend(script, models=["my model"]) as server:
         with Running(tmp_path, "--log-format", "json", BACKEND_URL=server.url) as gateway:
             assert gateway.post(body, X_Request_ID="abc")[0] == 200
             line = gateway.access("abc")

@@ -194,6 +194,7 @@ def test_a_request_that_its_server_dies_of_is_not_sent_again(tmp_path: Path) -> 
             connection.answer(completion())
 
     with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url, GATEWAY_PROBE_INTERVAL="1h") as gateway:
+        wait_for(lambda: gateway.get("/readyz")[0] == 200)  # its first look has left a connection to use again
         assert gateway.post(HELLO)[0] == 200
         assert gateway.post(HELLO)[1]["error"]["code"] == "backend_unreachable"
         assert len(server.posts) == 2
@@ -204,6 +205,7 @@ def test_connections_are_kept_alive(tmp_path: Path) -> None:
         connection.answer(completion())
 
     with backend(script) as server, Running(tmp_path, BACKEND_URL=server.url, GATEWAY_PROBE_INTERVAL="1h") as gateway:
+        wait_for(lambda: gateway.get("/readyz")[0] == 200)  # its first look has left a connection to use again
         for _ in range(5):
             assert gateway.post(HELLO)[0] == 200
         assert len({number for number, *_ in server.posts}) == 1
@@ -416,7 +418,7 @@ def test_nothing_secret_reaches_the_log(tmp_path: Path) -> None:
     environment = {"GATEWAY_BACKEND_API_KEY": "sk-planted-backend", "GATEWAY_FORWARD_AUTHORIZATION": "on"}
     body = {"messages": [{"role": "user", "content": "planted-prompt"}], "stream": True, "model": "a\nb \x1b[31m"}
     for style in ("text", "json"):
-        with backend(script) as server:
+        with backend(script, models=["a\nb \x1b[31m"]) as server:
             options = ("--log-format", style)
             with Running(tmp_path, *options, BACKEND_URL=server.url, **environment) as gateway:
                 assert gateway.post(body, Authorization="Bearer sk-planted-client")[0] == 502

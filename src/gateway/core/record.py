@@ -5,11 +5,13 @@ from __future__ import annotations
 import msgspec
 
 from .errors import BackendFailed, Fault, GatewayError
+from .tickets import Ticket
 from .usage import Usage
 
 
 class Record(msgspec.Struct, eq=False):
-    """One request. Times are seconds on the monotonic clock."""
+    """One request. Times are seconds on the monotonic clock; ``queued`` are those it waited for its last backend, ``decision``
+    says why it got that one, ``retries`` the codes of the attempts that failed before."""
 
     request_id: str
     method: str
@@ -19,7 +21,11 @@ class Record(msgspec.Struct, eq=False):
     model: str = ""
     stream: bool = False
     backend: str = ""
+    decision: str = ""
+    queued: float = 0.0
     attempts: int = 0
+    retries: list[str] = []
+    predicted_cached_tokens: int = 0
     status: int = 0
     code: str = ""
     fault: Fault | None = None
@@ -36,10 +42,16 @@ class Record(msgspec.Struct, eq=False):
         """Seconds from the request's last byte in to its answer's last byte out."""
         return self.ended - self.started
 
-    def sent_to(self, backend: str) -> None:
-        """The request goes to this backend; called again for each further attempt."""
-        self.backend = backend
-        self.attempts += 1
+    def chosen(self, ticket: Ticket) -> None:
+        """The request has this backend; called again for each further attempt, and for the one of two that was quicker."""
+        self.backend = ticket.backend or ""
+        self.decision = ticket.decision
+        self.queued = ticket.granted_at - ticket.arrived
+        self.predicted_cached_tokens = ticket.cached_tokens
+
+    def retried(self, failure: BackendFailed) -> None:
+        """An attempt failed, and another follows."""
+        self.retries = [*self.retries, failure.code]
 
     def failed(self, error: GatewayError) -> None:
         """The request ended with this error; a status already on the wire stays."""

@@ -7,138 +7,27 @@ docs/configuration.md; `resolve` puts the sources together. Reading files is the
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
-from urllib.parse import urlsplit
 
-MAX_TEXT: Final = 4096
-
-
-class SettingsError(ValueError):
-    """A setting is wrong; the text names it, where it came from, and what would be right."""
-
-
-# --- readers: what a value may look like ---------------------------------------------------------
-# Each takes a string, or a number or boolean as TOML has them, and raises ValueError with what is expected.
-
-Reader = Callable[[Any], Any]
-
-
-def text(value: Any) -> str:
-    """Printable text without white space around it."""
-    if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
-        raise ValueError(f"a printable text of at most {MAX_TEXT} characters")
-    return value.strip()
-
-
-def key(value: Any) -> str:
-    """A key as it may stand in a header."""
-    if not isinstance(value, str) or not re.fullmatch(r"[!-~]{1,1024}", value.strip()):
-        raise ValueError("a key of printable ASCII characters without spaces")
-    return value.strip()
-
-
-def whole_number(low: int, high: int) -> Reader:
-    """A whole number from ``low`` to ``high``."""
-
-    def read(value: Any) -> int:
-        expected = f"a whole number from {low} to {high}"
-        if isinstance(value, bool) or not re.fullmatch(r"[0-9]{1,18}", str(value).strip()):
-            raise ValueError(expected)
-        number = int(value)
-        if not low <= number <= high:
-            raise ValueError(expected)
-        return number
-
-    return read
-
-
-def _quantity(value: Any, units: Mapping[str, float], expected: str) -> float:
-    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]*)", "" if isinstance(value, bool) else str(value).strip())
-    if found is None or found[2].lower() not in units:
-        raise ValueError(expected)
-    return float(found[1]) * units[found[2].lower()]
-
-
-def seconds(low: float, high: float = 86400.0) -> Reader:
-    """Seconds, or a number with ms, s, m or h."""
-    expected = f"a duration from {low:g} s to {high:g} s, such as 30, 500ms or 2m"
-
-    def read(value: Any) -> float:
-        found = _quantity(value, {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600}, expected)
-        if not low <= found <= high:
-            raise ValueError(expected)
-        return found
-
-    return read
-
-
-def size(low: int, high: int = 2**40) -> Reader:
-    """Bytes, or a number with KiB, MiB or GiB."""
-    expected = f"a size from {low} to {high} bytes, such as 1048576, 512KiB or 32MiB"
-
-    def read(value: Any) -> int:
-        found = int(_quantity(value, {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}, expected))
-        if not low <= found <= high:
-            raise ValueError(expected)
-        return found
-
-    return read
-
-
-def switch(value: Any) -> bool:
-    """True or false, in the usual words."""
-    word = str(value).strip().lower()
-    if word in ("1", "true", "on", "yes"):
-        return True
-    if word in ("0", "false", "off", "no"):
-        return False
-    raise ValueError("true or false")
-
-
-def choice(*words: str) -> Reader:
-    """One of these words."""
-
-    def read(value: Any) -> str:
-        word = str(value).strip().lower()
-        if word not in words:
-            raise ValueError("one of " + ", ".join(words))
-        return word
-
-    return read
-
-
-def host(value: Any) -> str:
-    """An IP address or a host name."""
-    name = text(value)
-    try:
-        return str(ipaddress.ip_address(name))
-    except ValueError:
-        if re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9_.-]{0,252})", name):
-            return name
-    raise ValueError("an IP address or a host name")
-
-
-def backend_url(value: Any) -> str:
-    """A base URL without its trailing slash; a trailing ``/v1``, as SDKs want it, is taken off."""
-    expected = "a URL such as http://127.0.0.1:8000, without user, query or fragment"
-    url = text(value)
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        raise ValueError(expected) from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise ValueError(expected)
-    if parts.username is not None or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
-        raise ValueError(expected)
-    host(parts.hostname)
-    path = parts.path.rstrip("/").removesuffix("/v1").rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}{path}"
-
+from . import backend_settings
+from .backend_settings import KINDS, BackendSettings, Table
+from .readers import (
+    Reader,
+    SettingsError,
+    backend_urls,
+    choice,
+    host,
+    key,
+    number,
+    seconds,
+    shown,
+    size,
+    switch,
+    text,
+    whole_number,
+)
 
 # --- the table ---------------------------------------------------------------------------------
 
@@ -171,20 +60,23 @@ class Settings:
     config: str | None = _row("", "GATEWAY_CONFIG", text, "TOML file with settings, named as in this table", in_file=False)
     port: int = _row("8080", "PORT", whole_number(0, 65535), "TCP port to listen on; 0 takes a free one")
     host: str = _row("127.0.0.1", "GATEWAY_HOST", host, "address to listen on; 0.0.0.0 or :: for all")
-    backend_url: str | None = _row(
-        "", "BACKEND_URL", backend_url, "base URL of the model server; without one, requests are echoed"
+    backend_url: tuple[str, ...] | None = _row(
+        "",
+        "BACKEND_URL",
+        backend_urls,
+        "base URL of the model server, or several with commas between; without one, requests are echoed",
     )
-    backend_kind: Literal["auto", "llamacpp", "openai"] = _row(
+    backend_kind: Literal["auto", "llamacpp", "vllm", "sglang", "ollama", "tgi", "openai"] = _row(
         "auto",
         "GATEWAY_BACKEND_KIND",
-        choice("auto", "llamacpp", "openai"),
-        "what the backend is: llamacpp, or any other OpenAI-compatible server; auto asks it",
+        choice(*KINDS),
+        "what the backend is: " + ", ".join(KINDS[1:]) + " (any other OpenAI-compatible server); auto asks it",
     )
     backend_api_key: str | None = _row(
-        "", "GATEWAY_BACKEND_API_KEY", key, "key sent to the backend as a Bearer token", secret=True
+        "", "GATEWAY_BACKEND_API_KEY", key, "key sent to each backend as a Bearer token", secret=True
     )
     forward_authorization: bool = _row(
-        "false", "GATEWAY_FORWARD_AUTHORIZATION", switch, "pass the client's Authorization and X-Api-Key on to the backend"
+        "false", "GATEWAY_FORWARD_AUTHORIZATION", switch, "pass the client's Authorization and X-Api-Key on to the backends"
     )
     stream_usage: bool = _row(
         "true",
@@ -216,8 +108,77 @@ class Settings:
         seconds(0.01),
         "longest silence of a client that sends a request, or between its requests",
     )
-    probe_interval: float = _row(
-        "2s", "GATEWAY_PROBE_INTERVAL", seconds(0.05), "time between two looks at the backend's health"
+    policy: Literal["expected-completion", "round-robin", "least-load", "session", "prefix", "device"] = _row(
+        "expected-completion",
+        "GATEWAY_POLICY",
+        choice("expected-completion", "round-robin", "least-load", "session", "prefix", "device"),
+        "which backend a request goes to: where it is expected to be done first, each in turn, the one with the least work, "
+        "that of its session, the one that has its prompt's beginning cached, or the cheapest device with room",
+    )
+    queue_requests: int = _row(
+        "4096", "GATEWAY_QUEUE_REQUESTS", whole_number(0, 1048576), "most requests that wait for a backend at a time"
+    )
+    queue_bytes: int = _row("256MiB", "GATEWAY_QUEUE_BYTES", size(0), "most memory that the waiting requests may take")
+    queue_timeout: float = _row(
+        "30s", "GATEWAY_QUEUE_TIMEOUT", seconds(0), "longest wait of a request for a backend; 0 lets none wait"
+    )
+    admin: Literal["auto", "on", "off"] = _row(
+        "auto",
+        "GATEWAY_ADMIN",
+        choice("auto", "on", "off"),
+        "the routes under /admin, which ask nobody for a key; auto: only if the address to listen on is loopback",
+    )
+    queue_comments: float = _row(
+        "0s",
+        "GATEWAY_QUEUE_COMMENTS",
+        seconds(0),
+        "time between comments such as ': queued 3, eta 4s' in a stream that waits; 0 sends none",
+    )
+    priority_aging: float = _row(
+        "30s",
+        "GATEWAY_PRIORITY_AGING",
+        seconds(0.1),
+        "time after which a waiting request counts as one of the next higher priority",
+    )
+    max_attempts: int = _row(
+        "3", "GATEWAY_MAX_ATTEMPTS", whole_number(1, 16), "backends that a request is given to, at most, until one answers"
+    )
+    retry_budget: float = _row(
+        "0.1", "GATEWAY_RETRY_BUDGET", number(0, 1), "retries allowed, as a share of all requests; 0 allows none"
+    )
+    hedge: bool = _row(
+        "false", "GATEWAY_HEDGE", switch, "give a request that waits unusually long for its first token to a second backend too"
+    )
+    panic: bool = _row(
+        "true", "GATEWAY_PANIC", switch, "when every backend of a model is out of order, try them all rather than refuse"
+    )
+    probe_interval: float = _row("2s", "GATEWAY_PROBE_INTERVAL", seconds(0.05), "time between two looks at a backend's health")
+    probe_up: int = _row(
+        "1", "GATEWAY_PROBE_UP", whole_number(1, 100), "good looks in a row after which a backend counts as healthy again"
+    )
+    probe_down: int = _row(
+        "2", "GATEWAY_PROBE_DOWN", whole_number(1, 100), "bad looks in a row after which a healthy backend counts as unhealthy"
+    )
+    breaker_failures: int = _row(
+        "5", "GATEWAY_BREAKER_FAILURES", whole_number(1, 1000), "failed requests in a row after which a backend gets no more"
+    )
+    breaker_open: float = _row(
+        "10s",
+        "GATEWAY_BREAKER_OPEN",
+        seconds(0.05, 120),
+        "time until a single request then tries it again; each failed try doubles it, up to 2m",
+    )
+    slow_first_byte: float = _row(
+        "0s",
+        "GATEWAY_SLOW_FIRST_BYTE",
+        seconds(0),
+        "a first byte that takes longer counts as a failed request in that row; 0 is off",
+    )
+    adaptive_concurrency: bool = _row(
+        "false",
+        "GATEWAY_ADAPTIVE_CONCURRENCY",
+        switch,
+        "find out by the time to the first token how many requests a backend takes that does not tell (Ollama, say)",
     )
     grace: float = _row("30s", "GATEWAY_GRACE", seconds(0), "time that requests in flight get to finish when the gateway stops")
     log_format: Literal["text", "json"] = _row(
@@ -225,6 +186,8 @@ class Settings:
     )
     log_file_size: int = _row("100MiB", "GATEWAY_LOG_FILE_SIZE", size(65536), "size at which the file of --logfile is rotated")
     log_files: int = _row("10", "GATEWAY_LOG_FILES", whole_number(1, 1000), "how many rotated log files are kept")
+    backends: tuple[BackendSettings, ...] = ()
+    """What `resolve` makes of the URLs or of the file's tables; empty: requests are echoed."""
 
 
 TABLE: Final[tuple[Setting, ...]] = tuple(
@@ -238,6 +201,7 @@ TABLE: Final[tuple[Setting, ...]] = tuple(
         field.metadata["in_file"],
     )
     for field in dataclasses.fields(Settings)
+    if field.metadata
 )
 _BY_NAME: Final = {row.name: row for row in TABLE}
 _BY_ENV: Final = {row.env: row for row in TABLE}
@@ -261,12 +225,49 @@ def resolve(sources: Sequence[Source]) -> Settings:
     sets GATEWAY_PORT and the like beside a service called gateway.)
     """
     found: dict[str, Any] = {}
+    backends: list[Table] = []
     for source in sources:
         for name, value in source.values.items():
+            if source.style == "file" and name == "backends":
+                backends = _tables(source)
+                found.pop("backend_url", None)
+                continue
             row = _row_of(source, name)
             if row is not None and value is not None and value != "":
                 found[row.name] = _read(source, name, row, value)
-    return Settings(**found)
+                if row.name == "backend_url":
+                    backends = _listed(source, name, found[row.name])
+    settings = Settings(**found)
+    return dataclasses.replace(settings, backends=backend_settings.made(backends, _of_each(settings), _variables(sources)))
+
+
+def _tables(source: Source) -> list[Table]:
+    if source.values.get("backend_url"):
+        raise SettingsError(f"{source.where}: backend_url and [[backends]] both name backends; take one of them away")
+    return backend_settings.read_tables(source.where, source.values["backends"])
+
+
+def _listed(source: Source, name: str, urls: Sequence[str]) -> list[Table]:
+    return [Table(_label(source, name), {"url": url}) for url in urls]
+
+
+def _of_each(settings: Settings) -> dict[str, Any]:
+    """What holds for each backend that does not say otherwise."""
+    timeouts = {name: getattr(settings, name) for name in backend_settings.TIMEOUTS}
+    return {
+        "kind": settings.backend_kind,
+        "api_key": settings.backend_api_key,
+        "stream_usage": settings.stream_usage,
+        **timeouts,
+    }
+
+
+def _variables(sources: Sequence[Source]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for source in sources:
+        if source.style in ("env", "dotenv"):
+            found |= {name: value for name, value in source.values.items() if value}
+    return found
 
 
 def _row_of(source: Source, name: str) -> Setting | None:
@@ -278,7 +279,7 @@ def _row_of(source: Source, name: str) -> Setting | None:
         return _BY_ENV.get(name)
     row = _BY_NAME.get(name)
     if row is None or not row.in_file:
-        known = ", ".join(row.name for row in TABLE if row.in_file)
+        known = ", ".join([*(row.name for row in TABLE if row.in_file), "[[backends]]"])
         raise SettingsError(f"{source.where}: unknown setting '{name}'; known are {known}")
     return row
 
@@ -287,9 +288,12 @@ def _read(source: Source, name: str, row: Setting, value: Any) -> Any:
     try:
         return row.read(value)
     except ValueError as error:
-        shown = "the value" if row.secret else repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-        label = f"--{row.option}" if source.style == "option" else f"{source.where}: {name}"
-        raise SettingsError(f"{label}: {shown} is not {error}") from None
+        what = "the value" if row.secret else shown(value)
+        raise SettingsError(f"{_label(source, name)}: {what} is not {error}") from None
+
+
+def _label(source: Source, name: str) -> str:
+    return f"--{_BY_NAME[name].option}" if source.style == "option" else f"{source.where}: {name}"
 
 
 # --- what the table makes ------------------------------------------------------------------------
@@ -335,3 +339,4 @@ def _markdown_lines() -> Iterator[str]:
         option = "" if row.secret else f"`--{row.option}`"
         default = f"`{row.default}`" if row.default else ""
         yield f"| `{row.env}` | {name} | {option} | {default} | {row.help} |\n"
+    yield from backend_settings.markdown_lines()

@@ -1,27 +1,63 @@
-"""How things stand right now: what /readyz answers and /metrics shows."""
+"""How things stand right now: what /readyz answers, /metrics shows, and the scheduler goes by."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-State = Literal["warming", "healthy", "unhealthy"]
+from .load import Load
+from .look import Snapshot
+
+State = Literal["healthy", "warming", "busy", "draining", "unhealthy", "config_error", "rate_limited"]
+"""``warming``: not looked at yet, or loading its model. ``busy``: all slots taken, as it says itself. ``draining``: an
+operator wants no new requests there. ``config_error``: no waiting helps, a setting must change."""
+
+BreakerState = Literal["closed", "open", "half_open"]
+
+IN_ORDER: Final = frozenset(["healthy", "busy"])
 
 
 class BackendState(NamedTuple):
-    """One backend, as the last probe left it."""
+    """One backend as it is shown. ``since``: when it came into this state, seconds of the monotonic clock; ``models``
+    None: it does not tell, so it may have any; ``slots`` and ``kv_tokens`` None: unknown; ``restarts``: how often it has
+    come back as a new process, with empty caches; ``held``: requests of ours that it works on;
+    ``opened``: how often its breaker has opened."""
 
     name: str
     kind: str
     state: State
-    models: frozenset[str]
     reason: str
+    since: float
+    models: frozenset[str] | None = None
+    slots: int | None = None
+    kv_tokens: int | None = None
+    load: Load | None = None
+    breaker: BreakerState = "closed"
+    held: int = 0
+    restarts: int = 0
+    opened: int = 0
+
+
+class Offer(NamedTuple):
+    """One backend as the scheduler needs it: what may be sent there now. ``models`` None: any. ``slots`` None: nobody
+    knows. ``restarts`` that has grown: its caches are empty."""
+
+    name: str
+    accepting: bool
+    models: frozenset[str] | None
+    slots: int | None
+    kv_tokens: int | None
+    weight: float
+    device: str
+    cost_factor: float
+    load: Load | None
+    restarts: int
 
 
 class Status(NamedTuple):
-    """The whole gateway. ``inflight``: requests that each backend holds, by its name;
-    ``refused_connections``: those closed at once since the start, as there were too many."""
+    """The whole gateway. ``scheduling``: the queue and what the backends hold; ``refused_connections``: those closed at once
+    since the start, as there were too many."""
 
-    inflight: dict[str, int]
+    scheduling: Snapshot
     connections: int
     refused_connections: int
     draining: bool
@@ -29,5 +65,5 @@ class Status(NamedTuple):
 
     @property
     def ready(self) -> bool:
-        """There is a backend that answered its last probe."""
-        return any(backend.state == "healthy" for backend in self.backends)
+        """There is a backend in order."""
+        return any(backend.state in IN_ORDER for backend in self.backends)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -16,6 +16,9 @@ CHAT_COMPLETIONS: Final = "/v1/chat/completions"
 
 
 # --- requests ---------------------------------------------------------------------------------
+
+
+NOTHING: Final = msgspec.Raw()
 
 
 class Part(msgspec.Struct):
@@ -30,6 +33,7 @@ class Message(msgspec.Struct):
 
     role: str
     content: str | list[Part] | None = None
+    tool_calls: msgspec.Raw = NOTHING
 
     def text(self) -> str:
         """The text of the content; parts that are not text have none."""
@@ -51,6 +55,34 @@ class ChatRequest(msgspec.Struct):
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    n: int | None = None
+    tools: msgspec.Raw = NOTHING
+    prompt_cache_key: str | None = None
+    user: str | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """The longest answer that is asked for, in tokens."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def prompt(self) -> str:
+        """The text that a prompt cache goes by: tools first, then the messages in order, each with its role.
+
+        A request that continues another begins with the other's text. Parts that are not text count by their type.
+        """
+        pieces = [bytes(self.tools).decode("utf-8")]
+        for message in self.messages:
+            content = message.content
+            pieces.append(message.role)
+            if isinstance(content, str):
+                pieces.append(content)
+            elif content is not None:
+                pieces += [part.text if part.text is not None else part.type for part in content]
+            if message.tool_calls:
+                pieces.append(bytes(message.tool_calls).decode("utf-8"))
+        return "\x1f".join(pieces)
 
 
 class Call(msgspec.Struct):
@@ -86,17 +118,38 @@ def parse_chat(body: bytes) -> ChatRequest:
     Raises `GatewayError`: ``invalid_json``, or ``missing_required_parameter``, ``invalid_type``,
     ``invalid_value`` with ``param`` as the path of the field.
     """
+    chat = _decoded(_chat_decoder, body)
+    if not chat.messages:
+        raise GatewayError("invalid_value", "'messages' is empty: send at least one message.", param="messages")
+    return chat
+
+
+class BackendChange(msgspec.Struct, forbid_unknown_fields=True):
+    """What an operator may change about a backend while the gateway runs."""
+
+    draining: bool
+
+
+_change_decoder: Final = msgspec.json.Decoder(BackendChange)
+
+
+def parse_change(body: bytes) -> BackendChange:
+    """Read a change to a backend. Raises `GatewayError`, as `parse_chat` does."""
+    return _decoded(_change_decoder, body)
+
+
+_Read = TypeVar("_Read")
+
+
+def _decoded(decoder: msgspec.json.Decoder[_Read], body: bytes) -> _Read:
     try:
         if not body.isascii():
             body.decode("utf-8")  # JSON is UTF-8 everywhere (RFC 8259), also in the fields that nobody reads here
-        chat = _chat_decoder.decode(body)
+        return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _validation_error(str(error)) from None
     except UNDECODABLE as error:
         raise _not_json(body, error) from None
-    if not chat.messages:
-        raise GatewayError("invalid_value", "'messages' is empty: send at least one message.", param="messages")
-    return chat
 
 
 def _not_json(body: bytes, error: Exception) -> GatewayError:
@@ -238,8 +291,12 @@ def chat_stream(
 
 def model_list(ids: Iterable[str], created: int) -> bytes:
     """A ``list`` of models in OpenAI's form."""
-    data = [{"id": id, "object": "model", "created": created, "owned_by": "gateway"} for id in ids]
-    return msgspec.json.encode({"object": "list", "data": data})
+    return listing([{"id": id, "object": "model", "created": created, "owned_by": "gateway"} for id in ids])
+
+
+def listing(entries: Sequence[Mapping[str, Any]]) -> bytes:
+    """Entries of models as a ``list`` in OpenAI's form."""
+    return msgspec.json.encode({"object": "list", "data": entries})
 
 
 def find_model(listing: bytes, id: str) -> bytes:

@@ -149,6 +149,7 @@ class Agent:
     def _connect(self, pending: Pending) -> None:
         origin = pending.origin
         factory = Factory.forProtocol(lambda: Connection(origin, self._keep, self._forget))
+        factory.noisy = False  # a line for each connection tells nobody anything
         pending.connecting = connecting = origin.endpoint.connect(factory)
 
         def connected(connection: Connection) -> None:

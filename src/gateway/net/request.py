@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final
@@ -41,6 +41,8 @@ class Request(server.Request):
     _fields: dict[bytes, bytes] | None
     _running: Deferred[None] | None = None
     _bodiless = False
+    lines: Sequence[bytes] = ()
+    """Further headers of the answer, as they leave; see `Lines`."""
 
     def __init__(self, channel: Channel, message: Message) -> None:
         # Not super().__init__: it would make a dozen things that nobody reads.
@@ -167,6 +169,7 @@ class Request(server.Request):
         code = self.code
         lines = [_STATUS_LINES.get(code) or b"HTTP/1.1 %d \r\n" % code, self.site.date_line]  # type: ignore[union-attr]
         lines += [b"%b: %b\r\n" % pair for pair in pairs]
+        lines += self.lines
         self._bodiless = code in _NO_BODY or self.method == b"HEAD"
         if b"content-length" not in fields and not self._bodiless:
             if self.clientproto == b"HTTP/1.1":
@@ -232,6 +235,22 @@ class Request(server.Request):
         if isinstance(self.producer, _PullToPush):
             self.producer.stopStreaming()
         self.producer = None
+
+
+class Lines:
+    """Headers of an answer that are the same for many, made once: ``fields`` by lower-case name."""
+
+    def __init__(self, fields: dict[bytes, bytes]) -> None:
+        self.fields = fields
+        self.lines = [b"%b: %b\r\n" % pair for pair in fields.items()]
+
+    def add_to(self, request: server.Request) -> None:
+        """Set them, of a request that may be one of ours or any of twisted's."""
+        if isinstance(request, Request):
+            request.lines = self.lines
+        else:
+            for name, value in self.fields.items():
+                request.setHeader(name, value)
 
 
 def body_of(request: server.Request) -> bytes:

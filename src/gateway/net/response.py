@@ -149,6 +149,6 @@ class Pending:
             self.connecting.cancel()
 
     def failed(self, failure: Failure) -> None:
-        self.connection = self.connecting = None
+        self.connection = self.connecting = self.again = None  # nobody waits for it: it is not sent once more
         if not self.response.called:
             self.response.errback(failure)
