@@ -37,6 +37,7 @@ class Feedback:
         self._unit_tokens = 1000.0
         self._sized_for = 4.0  # characters in a token, when the caches were last measured in them
         self._output = 256.0
+        self._stays = 0
 
     def forget(self, i: int) -> None:
         """Place ``i`` is another backend's now."""
@@ -82,11 +83,18 @@ class Feedback:
         self._measure(ticket, usage)
         cached = self._cache(i, ticket, usage)
         if ticket.told and ticket.first_token_at is not None:
-            residence = now - ticket.first_token_at
-            self._backends.residence += 0.01 * (residence - self._backends.residence)
+            self._stayed(now - ticket.first_token_at)
             took = ticket.first_token_at - ticket.started
             self._backends.rates.observe(i, usage.prompt_tokens - cached, cached, took, ticket.overlapped)
+        elif not ticket.streams:
+            self._stayed(max(now - ticket.granted_at - ticket.seconds, 0.0))
         return usage.prompt_tokens - cached + usage.completion_tokens
+
+    def _stayed(self, seconds: float) -> None:
+        """An answer took so long after its first token. The mean of all at first: what nobody has seen must not keep requests
+        away from their caches."""
+        self._stays += 1
+        self._backends.residence += max(0.01, 1.0 / self._stays) * (seconds - self._backends.residence)
 
     def _measure(self, ticket: Ticket, usage: Usage) -> None:
         """Characters in a token. The caches are measured anew if that is another number than was thought."""
