@@ -170,9 +170,9 @@ def test_a_request_that_would_be_late_is_refused_once_it_is_known_how_long_promp
             assert ask(gateway, prompt, X_Stainless_Read_Timeout="0.05").status == 200  # nobody knows any better
             for _ in range(8):
                 assert ask(gateway, prompt).status == 200
+            before = len(only.posts) + 1
             held = Asking(gateway)
-            wait_for(lambda: state_of(gateway, "only")["in_flight"] == 1)
-            before = len(only.posts)
+            wait_for(lambda: len(only.posts) == before)
             reply = ask(gateway, prompt, X_Stainless_Read_Timeout="0.05")
             assert (reply.status, reply.code) == (503, "queue_timeout")
             assert 1 <= int(reply.headers["retry-after"]) <= 120
