@@ -199,8 +199,7 @@ class Dispatcher:
         """A stream's first token has come."""
         ticket = lease.ticket
         self.scheduler.first_token(ticket, now)
-        expected = ticket.prompt_tokens - ticket.cached_tokens + LIKE_TOKENS
-        self.pool.first_token(ticket.backend or "", lease.first_byte_seconds, expected)
+        self.pool.first_token(ticket.backend or "", lease.first_byte_seconds, _to_read(ticket))
         if self._waiting:
             self._pass(now)
 
@@ -212,7 +211,7 @@ class Dispatcher:
             return
         self.scheduler.release(ticket, now, usage)
         if usage is not None and not ticket.streams:  # nobody saw its first token, but how long all of it took
-            expected = ticket.prompt_tokens - ticket.cached_tokens + OUTPUT * usage.completion_tokens + LIKE_TOKENS
+            expected = _to_read(ticket) + OUTPUT * usage.completion_tokens
             self.pool.first_token(lease.backend.name, now - lease.sent_at, expected)
         lease.tell(self.pool, cancelled=cancelled)
         if self._waiting:
@@ -241,9 +240,7 @@ class Dispatcher:
         """Come back when time alone changes something."""
         now = self.now()
         when = self.scheduler.next_wake(now) if self._waiting else None
-        if self._wake is not None:
-            self._wake.cancel()
-            self._wake = None
+        self.close()
         if when is not None:
             self._wake = self._clock.callLater(max(when - now, SOONEST), self._woken)
 
@@ -270,3 +267,8 @@ class Dispatcher:
     def explain(self, ticket: Ticket) -> list[Candidate]:
         """What speaks for and against each backend, the best first. Nothing is changed."""
         return self.scheduler.explain(ticket, self.now())
+
+
+def _to_read(ticket: Ticket) -> float:
+    """What the ticket's first token takes, in tokens of its prompt."""
+    return ticket.prompt_tokens - ticket.cached_tokens + LIKE_TOKENS

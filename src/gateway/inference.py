@@ -156,14 +156,13 @@ class Inference:
 
     def _second(self, ticket: Ticket) -> Ticket | None:
         """The ticket that may race this one."""
-        second = self._again(ticket, ticket.tried | {ticket.backend or ""})
+        second = self._again(ticket)
         there_is = self._dispatcher.scheduler.has_backend(second)
         return second if there_is and self._budget.take(self._now()) else None
 
     def _next(self, ticket: Ticket, failure: BackendFailed, record: Record) -> Ticket:
         """The ticket of a further attempt; raises the failure if there is to be none."""
-        tried = ticket.tried | {ticket.backend or ""}
-        again = self._again(ticket, tried)
+        again = self._again(ticket)
         if (
             failure.code not in REPEATABLE
             or record.attempts >= self._max_attempts
@@ -176,7 +175,8 @@ class Inference:
         return again
 
     @staticmethod
-    def _again(ticket: Ticket, tried: frozenset[str]) -> Ticket:
+    def _again(ticket: Ticket) -> Ticket:
+        """The same request, for another backend than those it has had."""
         return Ticket(
             ticket.model,
             ticket.arrived,
@@ -191,7 +191,7 @@ class Inference:
             prompt=ticket.prompt,
             session=ticket.session,
             streams=ticket.streams,
-            tried=tried,
+            tried=ticket.tried | {ticket.backend or ""},
         )
 
     # --- what was asked

@@ -160,7 +160,9 @@ class Gateway(Service):
 
     def _make_backend(self, own: BackendSettings) -> Backend:
         """Backends share an agent, unless they differ in how long a connection may take."""
-        agent = self._agents.setdefault(own.connect_timeout, Agent(self._reactor, own.connect_timeout))
+        agent = self._agents.get(own.connect_timeout)
+        if agent is None:
+            agent = self._agents[own.connect_timeout] = Agent(self._reactor, own.connect_timeout)
         return HTTPBackend(
             own.name,
             own.url,

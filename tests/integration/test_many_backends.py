@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import http.client
 import json
-import re
 import threading
 from functools import partial
 from pathlib import Path
@@ -13,24 +11,10 @@ from typing import Any
 
 import pytest
 
+from . import asking
+from .asking import DONE, HELLO, STREAM, Request, answers, ask, fails, metric, streams
 from .backends import Connection, Script, backend, completion, event
 from .processes import PATIENCE, Running, free_port, llama_process, wait_for
-
-Request = tuple[bytes, dict[bytes, bytes], bytes]
-HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
-STREAM = {**HELLO, "stream": True}
-DONE = b"data: [DONE]\n\n"
-
-
-def ask(gateway: Running, body: Any, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, dict[str, str], bytes]:
-    """Status, headers by lower-case name and body."""
-    client = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=PATIENCE)
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    client.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **named})
-    response = client.getresponse()
-    content = response.read()
-    client.close()
-    return response.status, {name.lower(): value for name, value in response.getheaders()}, content
 
 
 def code_of(content: bytes) -> str:
@@ -38,31 +22,13 @@ def code_of(content: bytes) -> str:
     return code
 
 
-def metric(gateway: Running, pattern: str) -> float:
-    """The sum of the samples that match."""
-    client = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=PATIENCE)
-    client.request("GET", "/metrics", headers={"Accept": "text/plain"})
-    page = client.getresponse().read().decode()
-    client.close()
-    return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if re.match(pattern, line))
-
-
 def state_of(gateway: Running, url: str) -> dict[str, Any]:
-    _, page = gateway.get("/metrics")
-    found: dict[str, Any] = next(one for one in page["backends"] if one["name"] == url.partition("://")[2])
-    return found
+    """Of a backend that is named after its URL."""
+    return asking.state_of(gateway, url.partition("://")[2])
 
 
 def in_order(gateway: Running, *urls: str) -> None:
     wait_for(lambda: all(state_of(gateway, url)["state"] == "healthy" for url in urls))
-
-
-def answers(connection: Connection, _: Request) -> None:
-    connection.answer(completion())
-
-
-def fails(connection: Connection, _: Request) -> None:
-    connection.answer(b'{"error":{"message":"boom"}}', b"500 Oops")
 
 
 def hangs_up(connection: Connection, _: Request) -> None:
@@ -71,17 +37,6 @@ def hangs_up(connection: Connection, _: Request) -> None:
 
 def stalls(connection: Connection, _: Request) -> None:
     connection.gone()
-
-
-def streams(*tokens: str) -> Script:
-    def script(connection: Connection, _: Request) -> None:
-        connection.start_stream()
-        for token in tokens:
-            connection.chunk(event(token))
-        connection.chunk(event("", "stop") + DONE)
-        connection.chunk(b"")
-
-    return script
 
 
 ROUND_ROBIN = {"GATEWAY_POLICY": "round-robin", "GATEWAY_BACKEND_KIND": "openai", "GATEWAY_PROBE_INTERVAL": "0.1s"}

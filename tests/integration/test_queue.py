@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from .asking import DONE, HELLO, STREAM, Request, ask, metric
 from .backends import Connection, ScriptedBackend, backend, completion, event
 from .processes import PATIENCE, Running, wait_for
-from .test_many_backends import DONE, HELLO, STREAM, Request, ask, code_of, in_order, metric
+from .test_many_backends import code_of, in_order
 
 ONE_SLOT = '[[backends]]\nurl = "{}"\nkind = "openai"\nslots = 1\n'
 
