@@ -6,6 +6,7 @@ memory. A change that goes over a bound is to be paid for on purpose: measure it
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import sys
@@ -21,7 +22,7 @@ from gateway.core.settings import Source, resolve
 from gateway.logs import LineObserver
 from gateway.service import Gateway
 
-REQUEST_CALLS = 236
+REQUEST_CALLS = 197
 EVENT_CALLS = 14
 
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hello"}]%b}'
@@ -157,3 +158,25 @@ def test_the_cost_does_not_grow_with_the_number_of_requests(both: Both) -> None:
         both.backend.clear()
         one()
     assert calls(one) <= early
+
+
+def test_a_request_leaves_nothing_to_the_garbage_collector(both: Both) -> None:
+    def plain() -> None:
+        both.ask()
+        both.answer()
+
+    def streamed() -> None:
+        both.ask(b',"stream":true,"stream_options":{"include_usage":true}')
+        both.stream()
+        both.event()
+        both.connection.dataReceived(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+    for what in (plain, streamed):
+        what()
+        gc.collect()
+        gc.disable()
+        try:
+            what()
+            assert gc.collect() == 0, what.__name__
+        finally:
+            gc.enable()

@@ -199,7 +199,8 @@ class Dispatcher:
         """A stream's first token has come."""
         ticket = lease.ticket
         self.scheduler.first_token(ticket, now)
-        self.pool.first_token(ticket.backend or "", lease.first_byte_seconds, _to_read(ticket))
+        if self.pool.adaptive:
+            self.pool.first_token(ticket.backend or "", lease.first_byte_seconds, _to_read(ticket))
         if self._waiting:
             self._pass(now)
 
@@ -210,7 +211,7 @@ class Dispatcher:
             self._drop(ticket, now)
             return
         self.scheduler.release(ticket, now, usage)
-        if usage is not None and not ticket.streams:  # nobody saw its first token, but how long all of it took
+        if self.pool.adaptive and usage is not None and not ticket.streams:  # how long all of it took, at least, was seen
             expected = _to_read(ticket) + OUTPUT * usage.completion_tokens
             self.pool.first_token(lease.backend.name, now - lease.sent_at, expected)
         lease.tell(self.pool, cancelled=cancelled)

@@ -226,6 +226,8 @@ class Exchange(protocol.Protocol):
         if self._outcome:
             return
         self._outcome = failure or True
+        if self._receive is not None:
+            self._receive = _nowhere  # or it and this would keep each other until the next garbage collection
         self._stop_silence()
         if self._timers.total is not None:
             self._timers.total.stop(self)
@@ -285,6 +287,10 @@ class Exchange(protocol.Protocol):
         """The client's connection is lost. Who waits here is cancelled in the same turn, so it is not woken."""
         self._waiting = None
         self._finish(Failure(CancelledError()))
+
+
+def _nowhere(data: bytes) -> None:
+    """Takes what nobody wants."""
 
 
 def _backend_failed(found: Exception) -> Exception:  # noqa: PLR0911 - a table, in which the order counts

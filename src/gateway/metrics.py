@@ -37,6 +37,8 @@ _OPENMETRICS: Final = "application/openmetrics-text"
 LookUp = Callable[[], Status]
 """How things stand, looked up when asked."""
 
+TOKENS: Final = ("prompt", "completion", "cached")
+
 LABELS_SECONDS: Final = 1.0
 """How long it is remembered which models there are."""
 
@@ -72,7 +74,7 @@ class Metrics:
         self._retries: dict[str, int] = {}
         self._first_token: dict[str, _Histogram] = {}
         self._per_token: dict[str, _Histogram] = {}
-        self._tokens: dict[tuple[str, str], int] = {}
+        self._tokens: dict[str, list[int]] = {}  # by model; prompt, completion, cached
         self._model_labels: dict[str, str] = {}
         self._labels_until = 0.0
         self.registry = CollectorRegistry()
@@ -91,20 +93,18 @@ class Metrics:
             for code in record.retries:
                 self._retries[code] = self._retries.get(code, 0) + 1
         used = record.usage
-        if used.prompt_tokens:
-            self._count("prompt", model, used.prompt_tokens)
-        if used.completion_tokens:
-            self._count("completion", model, used.completion_tokens)
-        if used.cached_tokens:
-            self._count("cached", model, used.cached_tokens)
+        if used.prompt_tokens or used.completion_tokens:
+            tokens = self._tokens.get(model)
+            if tokens is None:
+                tokens = self._tokens[model] = [0, 0, 0]
+            tokens[0] += used.prompt_tokens
+            tokens[1] += used.completion_tokens
+            tokens[2] += used.cached_tokens
         if record.first_token is not None:
             _observe(self._first_token, route, SECONDS, record.first_token - record.started)
             if record.last_token is not None and used.completion_tokens > 1:
                 between = (record.last_token - record.first_token) / (used.completion_tokens - 1)
                 _observe(self._per_token, model, TOKEN_SECONDS, between)
-
-    def _count(self, kind: str, model: str, tokens: int) -> None:
-        self._tokens[kind, model] = self._tokens.get((kind, model), 0) + tokens
 
     def _model_label(self, record: Record) -> str:
         model = record.model
@@ -137,19 +137,17 @@ class Metrics:
             if code:
                 failed[code] = failed.get(code, 0) + count
         seconds = sum(seen.total for route, seen in self._duration.items() if route in INFERENCE_ROUTES)
-        tokens = {"prompt": 0, "completion": 0, "cached": 0}
-        for (kind, _), number in self._tokens.items():
-            tokens[kind] += number
+        prompt, completion, cached = (sum(numbers[i] for numbers in self._tokens.values()) for i in range(len(TOKENS)))
         status = self._status()
         scheduling = status.scheduling
         return {
             "request_count": sum(count for _, count in ended),
             "error_count": sum(count for code, count in failed.items() if code != "client_cancelled"),
             "total_latency_ms": round(seconds * 1000, 3),
-            "prompt_tokens": tokens["prompt"],
-            "completion_tokens": tokens["completion"],
-            "total_tokens": tokens["prompt"] + tokens["completion"],
-            "cached_tokens": tokens["cached"],
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "cached_tokens": cached,
             "client_cancelled_count": failed.get("client_cancelled", 0),
             "errors": failed,
             "in_flight": sum(scheduling.inflight.values()),
@@ -192,8 +190,10 @@ class Metrics:
             retries.add_metric([code], number)
         yield retries
         tokens = CounterMetricFamily("gateway_tokens", "Tokens of answered requests.", labels=["type", "model"])
-        for (kind, model), number in self._tokens.items():
-            tokens.add_metric([kind, model], number)
+        for model, numbers in self._tokens.items():
+            for kind, number in zip(TOKENS, numbers, strict=True):
+                if number:
+                    tokens.add_metric([kind, model], number)
         yield tokens
         yield from _gauges(self._status())
 

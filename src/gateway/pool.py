@@ -52,6 +52,8 @@ class Pool(Service):
         rules = Rules(*[getattr(settings, name) for name in Rules._fields])
         self._clock = clock
         self._panic = settings.panic
+        self.adaptive = settings.adaptive_concurrency
+        """`first_token` is of use."""
         self._interval = settings.probe_interval
         self._health = {
             backend.name: Health(own.get(backend.name) or BackendSettings(name=backend.name, url=""), rules, clock.seconds())
@@ -125,7 +127,8 @@ class Pool(Service):
         """A request goes there. Returns what its end is told with."""
         health = self._health[name]
         era = health.sent(self._clock.seconds())
-        self._check(health)
+        if health.breaker.until is not None:  # closed, it lets everything through
+            self._check(health)
         return era
 
     def first_token(self, name: str, seconds: float, expected: float) -> None:
@@ -138,8 +141,10 @@ class Pool(Service):
     def succeeded(self, name: str, era: int, first_byte: float = 0.0) -> None:
         """It was answered, with the first byte after so many seconds. A 4xx, which is the caller's doing, is an answer."""
         health = self._health[name]
+        was_closed = health.breaker.until is None
         health.succeeded(era, first_byte, self._clock.seconds())
-        self._check(health)
+        if not was_closed or health.breaker.until is not None:
+            self._check(health)
 
     def failed(self, name: str, era: int, failure: BackendFailed) -> None:
         """It failed."""

@@ -58,6 +58,8 @@ class Backends:
         self.theta = 0.0  # what a second of prompt work costs those that come later, in seconds
         self.gamma = 0.02  # what it costs each sequence that is being decoded there
         self.packed: set[int] = set()  # those with no slot left
+        self._unweighed: set[int] = set()  # those that have changed since `slope`, `stay` and `packed` were made
+        self._looks = 0  # of `rates`, when they were made
         self.decode = 0.0  # what a second of `stay` costs
         self._arrivals = 0
         self.reported = False
@@ -104,7 +106,7 @@ class Backends:
     def seat(self, i: int, slots: int | None) -> None:
         """Backend ``i`` works on so many requests at once (None: nobody knows)."""
         self.slots[i] = math.inf if slots is None else slots
-        self._weigh(i)
+        self._unweighed.add(i)
 
     def report(self, i: int, load: Load | None) -> None:
         """What backend ``i`` says of its load: what is more than ours are others' requests."""
@@ -112,7 +114,7 @@ class Backends:
         self.reported_at[i] = load.at if load else 0.0
         self.crowded[i] = load is not None and (load.kv_usage or 0.0) >= FULL
         self.busy[i] = self.inflight[i] + self.others[i]
-        self._weigh(i)
+        self._unweighed.add(i)
         self.reported = any(self.others) or any(self.crowded)
 
     def doubt(self, now: float) -> None:
@@ -165,31 +167,41 @@ class Backends:
         self.theta = min(2.0, 0.25 * u / max(1e-3, 1.0 - u))
         self.gamma = max(0.02, 0.06 * u)
         self.decode = 0.06 * self.residence * n * n / ((n + sum(self.busy)) * sum(self.rates.seconds))
-        for i in range(n):
-            self._weigh(i)
+        self._unweighed.update(range(n))
 
-    def _weigh(self, i: int) -> None:
-        seconds = self.rates.seconds[i]
-        self.slope[i] = seconds * (1.0 + self.theta + self.gamma * self.decoding[i])
-        self.stay[i] = seconds * (self.busy[i] + 1)
-        if self.busy[i] >= self.slots[i]:
-            self.packed.add(i)
-        elif self.packed:
-            self.packed.discard(i)
+    def weigh(self) -> None:
+        """Bring `slope`, `stay` and `packed` up to date: only a choice among several looks at them."""
+        if self._looks != self.rates.looks:
+            self._looks = self.rates.looks
+            self._unweighed.update(range(len(self.names)))
+        for i in self._unweighed:
+            seconds = self.rates.seconds[i]
+            self.slope[i] = seconds * (1.0 + self.theta + self.gamma * self.decoding[i])
+            self.stay[i] = seconds * (self.busy[i] + 1)
+            if self.busy[i] >= self.slots[i]:
+                self.packed.add(i)
+            elif self.packed:
+                self.packed.discard(i)
+        self._unweighed.clear()
 
     def bind(self, i: int, ticket: Ticket, now: float) -> None:
         """The ticket goes to backend ``i``; its ``seconds`` and ``tokens`` are set."""
         pending = self.pending[i]
-        if pending:
-            self._settle(i, now)
-        if not pending:
-            self.since[i] = now
-        pending[ticket] = None
-        self.queued[i] += ticket.seconds
         self.inflight[i] += 1
         self.busy[i] += 1
         self.tokens[i] += ticket.tokens
-        self._predict(i)
+        self._unweighed.add(i)
+        if pending:
+            self._settle(i, now)
+        pending[ticket] = None
+        if len(pending) == 1:
+            self.since[i] = now
+            self.queued[i] = ticket.seconds
+            self.drained[i] = now + ticket.seconds
+            self.floor[i] = 0.0
+        else:
+            self.queued[i] += ticket.seconds
+            self._predict(i)
 
     def first_token(self, i: int, ticket: Ticket, now: float) -> None:
         """Backend ``i`` has read the ticket's prompt."""
@@ -200,20 +212,23 @@ class Backends:
             ticket.told = True
             self._read(i, ticket, now)
             self._predict(i)
+            self._unweighed.add(i)
 
     def release(self, i: int, ticket: Ticket, now: float) -> None:
         """Backend ``i`` is done with the ticket."""
-        if self.pending[i]:
+        pending = self.pending[i]
+        if pending:
             self._settle(i, now)
-        if ticket in self.pending[i]:
-            first = next(iter(self.pending[i])) is ticket
-            self._read(i, ticket, now if first else self.since[i])
-            ticket.first_token_at = None
+            if ticket in pending:
+                first = next(iter(pending)) is ticket
+                self._read(i, ticket, now if first else self.since[i])
+                ticket.first_token_at = None
+            self._predict(i)
         self.decoding[i] -= 1
-        self.inflight[i] -= 1
         self.busy[i] -= 1
-        self.tokens[i] = self.tokens[i] - ticket.tokens if self.inflight[i] else 0.0
-        self._predict(i)
+        self.inflight[i] = left = self.inflight[i] - 1
+        self.tokens[i] = self.tokens[i] - ticket.tokens if left else 0.0
+        self._unweighed.add(i)
         if self.place.get(self.names[i]) != i:
             self._vacate(i)
 
@@ -241,7 +256,6 @@ class Backends:
             self.floor[i] = max(self.queued[i] - head.seconds, 0.0) if head.streams else 0.0
         else:
             self.drained[i] = self.floor[i] = 0.0
-        self._weigh(i)
 
     def seconds(self, i: int, prompt: int, cached: int) -> float:
         """Backend ``i``'s time to read a prompt of which it has so much cached."""

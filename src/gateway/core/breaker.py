@@ -26,7 +26,8 @@ class Breaker:
         self.until: float | None = None
         """When it lets the next trial through; None: it is closed."""
         self._trial = False
-        self._era = 0
+        self.era = 0
+        """What an outcome has to be of, to count."""
         self.row = 0
         self.opened = 0
         self.changes = 0
@@ -37,7 +38,7 @@ class Breaker:
         self._open_for = self._seconds
         self.until = None
         self._trial = False
-        self._era += 1
+        self.era += 1
         self.row = 0
         self.changes += 1
 
@@ -58,20 +59,20 @@ class Breaker:
         """A request goes to the backend; returns the era, which its outcome is told with."""
         if self.until is not None and now >= self.until and not self._trial:
             self._trial = True
-            self._era += 1
+            self.era += 1
             self.changes += 1
-        return self._era
+        return self.era
 
     def succeeded(self, era: int) -> None:
         """The backend has answered."""
-        if era == self._era and self.until is None:
+        if era == self.era and self.until is None:
             self.row = 0
-        elif era == self._era and self._trial:
+        elif era == self.era and self._trial:
             self.reset()
 
     def failed(self, era: int, now: float) -> None:
         """The backend has failed."""
-        if era != self._era or not (self.until is None or self._trial):
+        if era != self.era or not (self.until is None or self._trial):
             return
         self.row += 1
         if self._trial:
@@ -82,7 +83,7 @@ class Breaker:
 
     def cancelled(self, era: int) -> None:
         """The request ended without a word about the backend: a trial is free for another."""
-        if era == self._era and self._trial:
+        if era == self.era and self._trial:
             self._trial = False
             self.changes += 1
 
@@ -91,4 +92,4 @@ class Breaker:
         self.changes += 1
         self.until = now + self._open_for
         self._trial = False
-        self._era += 1
+        self.era += 1

@@ -15,31 +15,41 @@ class Accounts:
 
     def __init__(self, most: int = 4096) -> None:
         self._most = most
-        self._virtual: dict[str, float] = {}
-        self.served: dict[str, float] = {}
-        """Token work done for each tenant that is remembered."""
+        self._accounts: dict[str, list[float]] = {}  # token work over weight, and token work
         self._floor = 0.0  # the lowest account of those that waited at the last time that somebody was served
 
     def __len__(self) -> int:
-        return len(self._virtual)
+        return len(self._accounts)
+
+    @property
+    def served(self) -> dict[str, float]:
+        """Token work done for each tenant that is remembered."""
+        return {tenant: account[1] for tenant, account in self._accounts.items()}
 
     def of(self, tenant: str) -> float:
         """The tenant's account, in tokens over weight."""
-        return self._virtual.get(tenant, self._floor)
+        account = self._accounts.get(tenant)
+        return self._floor if account is None else account[0]
 
     def arrive(self, tenant: str) -> None:
         """The tenant had nothing waiting, and now has."""
-        if self.of(tenant) < self._floor:
-            self._virtual[tenant] = self._floor
+        account = self._accounts.get(tenant)
+        if account is not None:
+            account[0] = max(account[0], self._floor)
 
     def charge(self, tenant: str, weight: float, tokens: float) -> None:
         """So much work is done for the tenant (less than nothing: it had been charged too much)."""
-        virtual = self._virtual
-        virtual[tenant] = virtual.get(tenant, self._floor) + tokens / weight
-        self.served[tenant] = self.served.get(tenant, 0.0) + tokens
-        if len(virtual) > self._most:
-            self._virtual = dict(sorted(virtual.items(), key=lambda item: item[1])[self._most // 2 :])
-            self.served = {name: tokens for name, tokens in self.served.items() if name in self._virtual}
+        account = self._accounts.get(tenant)
+        if account is None:
+            account = self._open(tenant)
+        account[0] += tokens / weight
+        account[1] += tokens
+
+    def _open(self, tenant: str) -> list[float]:
+        if len(self._accounts) >= self._most:
+            self._accounts = dict(sorted(self._accounts.items(), key=lambda item: item[1])[self._most // 2 :])
+        self._accounts[tenant] = account = [self._floor, 0.0]
+        return account
 
     def advance(self, lowest: float) -> None:
         """Of the tenants that wait, this is the lowest account."""

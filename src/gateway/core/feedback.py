@@ -80,7 +80,8 @@ class Feedback:
         self._output += 0.01 * (usage.completion_tokens - self._output)
         if usage.estimated or not usage.prompt_tokens:
             return ticket.charged
-        self._measure(ticket, usage)
+        if ticket.prompt.keys:
+            self._measure(ticket, usage)
         cached = self._cache(i, ticket, usage)
         if ticket.told and ticket.first_token_at is not None:
             self._stayed(now - ticket.first_token_at)
@@ -98,14 +99,13 @@ class Feedback:
 
     def _measure(self, ticket: Ticket, usage: Usage) -> None:
         """Characters in a token. The caches are measured anew if that is another number than was thought."""
-        if ticket.prompt.keys:
-            self._units = self._units * 0.99 + ticket.prompt.total
-            self._unit_tokens = self._unit_tokens * 0.99 + usage.prompt_tokens
-            self.units_per_token = self._units / self._unit_tokens
-            if not 0.9 < self.units_per_token / self._sized_for < 1.1:
-                self._sized_for = self.units_per_token
-                for i, tokens in enumerate(self._tokens):
-                    self._resize(i, tokens)
+        self._units = self._units * 0.99 + ticket.prompt.total
+        self._unit_tokens = self._unit_tokens * 0.99 + usage.prompt_tokens
+        self.units_per_token = self._units / self._unit_tokens
+        if not 0.9 < self.units_per_token / self._sized_for < 1.1:
+            self._sized_for = self.units_per_token
+            for i, tokens in enumerate(self._tokens):
+                self._resize(i, tokens)
 
     def _cache(self, i: int, ticket: Ticket, usage: Usage) -> int:
         """Prompt tokens that were cached: as said, or as predicted if the backend never says."""

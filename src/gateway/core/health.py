@@ -48,7 +48,7 @@ class Health:
         self.draining = False
         self._own = own
         self._rules = rules
-        self._breaker = Breaker(rules.breaker_failures, rules.breaker_open)
+        self.breaker = Breaker(rules.breaker_failures, rules.breaker_open)
         self._limit = ConcurrencyLimit()
         self._probed: tuple[State, str] = ("warming", "not yet probed")
         self._good = self._bad = 0
@@ -91,13 +91,14 @@ class Health:
 
     def _restarted(self) -> None:
         self._restarts += 1
-        self._breaker.reset()
+        self.breaker.reset()
         self._limit = ConcurrencyLimit()
 
     def sent(self, now: float) -> int:
         """A request goes there; returns the breaker's era, which its end is told with."""
         self.held += 1
-        return self._breaker.sent(now)
+        breaker = self.breaker
+        return breaker.era if breaker.until is None else breaker.sent(now)
 
     def first_token(self, seconds: float, expected: float) -> None:
         """A request had its first token after ``seconds``; an idle backend would take ``expected``, in any unit."""
@@ -110,8 +111,8 @@ class Health:
         slow = self._rules.slow_first_byte
         if slow and first_byte > slow:
             self._held_against(era, f"a first byte after {first_byte:.1f} s", now)
-        else:
-            self._breaker.succeeded(era)
+        elif self.breaker.row or self.breaker.until is not None:  # else it has nothing to learn
+            self.breaker.succeeded(era)
 
     def failed(self, era: int, code: str, now: float) -> None:
         """A request failed, with a code of `core.errors`; what is not the backend's doing counts as cancelled."""
@@ -123,28 +124,28 @@ class Health:
 
     def _held_against(self, era: int, why: str, now: float) -> None:
         self._last_failure = why
-        self._breaker.failed(era, now)
+        self.breaker.failed(era, now)
 
     def cancelled(self, era: int) -> None:
         """A request ended without a word about the backend."""
         self.held -= 1
-        self._breaker.cancelled(era)
+        self.breaker.cancelled(era)
 
     def rate_limited(self, era: int, seconds: float, now: float) -> None:
         """A request got a 429, which asks for so much patience."""
         self.held -= 1
-        self._breaker.succeeded(era)
+        self.breaker.succeeded(era)
         self._limited_until = max(self._limited_until, now + seconds)
 
     # --- how things stand
 
     def changes_at(self, now: float) -> float:
         """When something changes by the passing of time alone; infinity if nothing does."""
-        return min([when for when in (self._limited_until, self._breaker.reopens_at()) if when > now], default=math.inf)
+        return min([when for when in (self._limited_until, self.breaker.reopens_at()) if when > now], default=math.inf)
 
     def mark(self) -> tuple[object, ...]:
         """Two marks differ if a request's sending or end has changed what may be sent."""
-        breaker = self._breaker
+        breaker = self.breaker
         held = 0 if breaker.until is None else self.held  # half-open it offers one more than it holds
         return breaker.changes, self._limit.value, self._limited_until, held
 
@@ -164,10 +165,10 @@ class Health:
             self._slots_of_its_own(),
             report.kv_tokens,
             fresh(report.load, now, self._rules.probe_interval),
-            self._breaker.state(now),
+            self.breaker.state(now),
             self.held,
             self._restarts,
-            self._breaker.opened,
+            self.breaker.opened,
         )
 
     def _judged(self, now: float) -> tuple[State, str]:
@@ -177,7 +178,7 @@ class Health:
             return self._probed
         if now < self._limited_until:
             return "rate_limited", f"it asks to wait {self._limited_until - now:.1f} s"
-        if self._breaker.state(now) != "closed":
+        if self.breaker.state(now) != "closed":
             return "unhealthy", f"requests failed, the last with {self._last_failure}"
         return ("busy", "all its slots are taken") if self._is_busy(now) else ("healthy", "")
 
@@ -216,7 +217,7 @@ class Health:
         return self._own.slots or self.report.slots
 
     def _slots(self, now: float) -> int | None:
-        if self._breaker.state(now) == "half_open":
+        if self.breaker.state(now) == "half_open":
             return self.held + 1
         return self._limit.value if self._adapts() else self._slots_of_its_own()
 
@@ -231,7 +232,7 @@ class Health:
         load = fresh(report.load, now, self._rules.probe_interval)
         return Offer(
             self.name,
-            in_order and self._breaker.allows(now),
+            in_order and self.breaker.allows(now),
             self.takes,
             self._slots(now),
             report.kv_tokens,

@@ -202,6 +202,7 @@ class Scheduler:
         ticket.matches = backends.index.match(ticket.prompt)
         waits = backends.waits(now)
         depths = dict(ticket.matches)
+        backends.weigh()
         costs = self.policy.costs(ticket, backends, waits)
         candidates = [
             Candidate(name, costs[i], cached_tokens(ticket, depths.get(i, 0)), waits[i], self._why_not(ticket, i, waits))
@@ -290,6 +291,7 @@ class Scheduler:
             may = [i for i in may if backends.busy[i] < backends.slots[i]]
         if len(may) < 2:
             return may[0] if may else -1
+        backends.weigh()
         costs = self.policy.costs(ticket, backends, waits)
         low = min(costs) if len(may) == len(costs) else min([costs[i] for i in may])
         if costs.count(low) == 1:

@@ -38,7 +38,10 @@ class ServiceRates:
         self._weight: list[float] = []
         self._pool_work = 8000.0
         self._pool_time = 8000.0 * _PRIOR
+        self._pool = _PRIOR  # seconds per token of all, as of the last look at all: equals stay equal in between
         self._samples = 0
+        self.looks = 0
+        """At all backends: whenever it grows, any of them may have another rate."""
 
     def add(self, weight: float) -> None:
         """One more backend, thought to be ``weight`` times as fast as others until it shows."""
@@ -79,6 +82,8 @@ class ServiceRates:
         self._pool_time = self._pool_time * keep + took_more
         self._judge(i, tokens, took_more, overlapped)
         if self._samples % _REFRESH == 0:
+            self.looks += 1
+            self._pool = self._pool_time / self._pool_work
             for j in range(len(self.seconds)):
                 self._settle(j)
         else:
@@ -100,7 +105,7 @@ class ServiceRates:
             self.serial[i] = behind[1] * alone[0] >= _SERIAL * alone[1] * behind[0]
 
     def _settle(self, i: int) -> None:
-        pool = self._pool_time / self._pool_work
+        pool = self._pool
         mine = self._work[i]
         prior = pool / self._weight[i]
         own = (self._time[i] + _SHRINK * prior) / (mine + _SHRINK)

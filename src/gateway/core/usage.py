@@ -63,22 +63,20 @@ _decode: Final = msgspec.json.Decoder(_Chunk).decode
 def _usage(chunk: _Chunk) -> Usage | None:
     if chunk.usage is not None:
         details = chunk.usage.prompt_tokens_details
-        return Usage(
-            _count(chunk.usage.prompt_tokens),
-            _count(chunk.usage.completion_tokens),
-            _count(details.cached_tokens if details else 0),
-        )
+        prompt, completion = chunk.usage.prompt_tokens or 0, chunk.usage.completion_tokens or 0
+        cached = (details.cached_tokens or 0) if details else 0
+        if 0 <= prompt < _MOST and 0 <= completion < _MOST and 0 <= cached < _MOST:
+            return Usage(prompt, completion, cached)
+        return Usage(_count(prompt), _count(completion), _count(cached))
     if chunk.timings is not None:
         timings = chunk.timings
         return Usage(_count(timings.cache_n + timings.prompt_n), _count(timings.predicted_n), _count(timings.cache_n))
     return None
 
 
-def _count(said: int | None) -> int:
+def _count(said: int) -> int:
     """A number of tokens that can be one, whatever the backend says: sums of them stay exact as floats."""
-    if not said:
-        return 0
-    return said if 0 < said < _MOST else min(max(said, 0), _MOST)
+    return min(max(said, 0), _MOST)
 
 
 class UsageMeter:

@@ -229,8 +229,10 @@ def forwardable(headers: Sequence[tuple[bytes, bytes]], *, authorization: bool) 
     """
     stay = _NOT_FORWARDED_WITH_CREDENTIALS if authorization else _NOT_FORWARDED
     kept = [pair for pair in headers if pair[0] not in stay]
+    if b"connection" not in dict(headers):
+        return kept
     named = {token.strip().lower() for name, value in headers if name == b"connection" for token in value.split(b",")}
-    return [pair for pair in kept if pair[0] not in named] if named else kept
+    return [pair for pair in kept if pair[0] not in named]
 
 
 def returnable(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
