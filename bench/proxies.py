@@ -8,11 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench.processes import BenchFailed, Cores, family, free_port, running, wait_until_ready
-from bench.wire import chat_request
+from bench.wire import KEY, chat_request
 
 GATEWAY = "gateway"
 """The variant that the others are compared with."""
@@ -27,11 +28,18 @@ class Variant:
 
     environment: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    """By name, in the directory that it runs in."""
 
+
+_KEY = f'[[keys]]\nid = "bench"\ntenant = "bench"\nhash = "{sha256(KEY.encode()).hexdigest()}"\n'
+_LIMITS = "rpm = 1000000000\ntpm = 1000000000000\nconcurrency = 1000000\n"
 
 VARIANTS = {
     GATEWAY: Variant(),
     "gateway+json": Variant({"GATEWAY_LOG_FORMAT": "json"}),
+    "gateway+keys": Variant(options=("--keys", "keys.toml"), files={"keys.toml": _KEY}),
+    "gateway+limits": Variant(options=("--keys", "keys.toml"), files={"keys.toml": _KEY + _LIMITS}),
 }
 """To measure what a part costs, give it a row. Names have no commas: --proxies takes them in a list.
 
@@ -142,6 +150,8 @@ class Proxy:
 
 def _gateway(name: str, variant: Variant, twistd: str) -> Proxy:
     def command(place: Place) -> list[str]:
+        for file, text in variant.files.items():
+            (place.run / file).write_text(text)
         return [place.program, "-n", "--pidfile=", "--logfile=gateway.log", "inference-gateway", *variant.options]
 
     def environment(place: Place) -> dict[str, str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import pytest
-from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
+from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 from zope.interface import implementer
 
 
@@ -34,6 +34,26 @@ class Logged:
         """Take the failures that the test expected."""
         taken, self.failures = self.failures, []
         return [event["log_failure"].value for event in taken]
+
+
+@implementer(ILogObserver)
+class Said:
+    """The lines that one part of the gateway logged, as they are written, while a block ran."""
+
+    def __init__(self, namespace: str) -> None:
+        self.lines: list[str] = []
+        self._namespace = namespace
+
+    def __call__(self, event: LogEvent) -> None:
+        if event.get("log_namespace") == self._namespace:
+            self.lines.append(formatEvent(event))
+
+    def __enter__(self) -> list[str]:
+        globalLogPublisher.addObserver(self)
+        return self.lines
+
+    def __exit__(self, *_: object) -> None:
+        globalLogPublisher.removeObserver(self)
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,11 @@ from zope.interface import implementer
 
 from gateway.app import App
 from gateway.backend import Backend, HTTPBackend
-from gateway.core import wire
 from gateway.core.backend_settings import Kind
+from gateway.core.endpoints import CHAT
+from gateway.core.model_settings import NO_MODELS, Models
 from gateway.core.policy import ExpectedCompletion
+from gateway.core.principal import NO_LIMITS, Limits
 from gateway.core.record import Record
 from gateway.core.reports import Report
 from gateway.core.retry_budget import RetryBudget
@@ -28,7 +30,9 @@ from gateway.core.settings import Settings
 from gateway.core.status import Status
 from gateway.dispatch import Dispatcher
 from gateway.exchange import Timeouts
+from gateway.guard import Guard
 from gateway.inference import Inference
+from gateway.limiter import Limiting, LocalLimiter
 from gateway.metrics import Metrics
 from gateway.net.agent import BackendClient
 from gateway.pool import Pool
@@ -120,7 +124,16 @@ class Gateway:
     """The app on a stopped clock and, but for a given backend, before a fake agent; clients reach it through treq."""
 
     def __init__(
-        self, backend: Backend | None = None, *, kind: Kind | None = "openai", looked_at: bool = True, **settings: Any
+        self,
+        backend: Backend | None = None,
+        *,
+        kind: Kind | None = "openai",
+        looked_at: bool = True,
+        guard: Guard | None = None,
+        slots: int | None = None,
+        models: Models = NO_MODELS,
+        limits: Limits = NO_LIMITS,
+        **settings: Any,
     ) -> None:
         self.clock = Clock()
         self.agent = FakeAgent()
@@ -128,23 +141,29 @@ class Gateway:
         self.backend = backend or HTTPBackend("b", "http://b:1", client, self.clock, TIMEOUTS, kind=kind, **settings)
         self.pool = Pool([self.backend], Settings(probe_down=1), self.clock, random=lambda: 0.5)
         if looked_at:
-            self.pool._reported(self.backend.name, Report(kind or "openai"))  # as if a look had found it in order
+            self.pool._reported(self.backend.name, Report(kind or "openai", slots=slots))  # as if a look had found it in order
         scheduler = Scheduler(ExpectedCompletion())
         self.dispatcher = Dispatcher(scheduler, self.pool, {self.backend.name: self.backend}, self.clock)
+        self.limiter = LocalLimiter(self.clock.seconds, lambda: 1_700_000_000.0)
+        self.limiting = Limiting(self.limiter, self.clock.seconds, limits)
         self.records: list[Record] = []
         self.metrics = Metrics(self.status, self.clock.seconds)
-        inference = Inference(self.dispatcher, self.clock.seconds, RetryBudget(0.1))
+        inference = Inference(self.dispatcher, self.clock.seconds, RetryBudget(0.1), self.limiting, models=models)
         observers = (self.metrics, self.records.append)
-        self.app = App(inference, self.dispatcher, self.status, self.metrics, observers, self.clock.seconds)
+        self.app = App(
+            inference, self.dispatcher, self.status, self.metrics, observers, self.clock.seconds, guard=guard, models=models
+        )
         self.client: Any = StubTreq(self.app.resource())
 
     def status(self) -> Status:
         """How things stand."""
-        return Status(self.dispatcher.scheduler.snapshot(), 0, 0, self.app.draining, self.pool.snapshot())
+        return Status(
+            self.dispatcher.scheduler.snapshot(), 0, 0, self.app.draining, self.pool.snapshot(), self.limiting.state()
+        )
 
-    def post(self, body: bytes = HELLO, **headers: str) -> Deferred[Any]:
+    def post(self, body: bytes = HELLO, path: str = CHAT.path, **headers: str) -> Deferred[Any]:
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        response: Deferred[Any] = self.client.post(f"http://g{wire.CHAT_COMPLETIONS}", data=body, headers=named)
+        response: Deferred[Any] = self.client.post(f"http://g{path}", data=body, headers=named)
         self.client.flush()
         return response
 
@@ -154,7 +173,8 @@ class Gateway:
         return now_of(response)
 
     def get(self, path: str, **headers: str) -> Deferred[Any]:
-        response: Deferred[Any] = self.client.get(f"http://g{path}", headers=headers)
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        response: Deferred[Any] = self.client.get(f"http://g{path}", headers=named)
         self.client.flush()
         return response
 

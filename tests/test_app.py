@@ -11,6 +11,7 @@ from twisted.internet.task import Clock
 
 from gateway.backend import Answer, Stream
 from gateway.core import sse, wire
+from gateway.core.endpoints import CHAT
 from gateway.core.errors import BackendFailed
 from gateway.core.record import Record
 from gateway.core.reports import Report
@@ -59,7 +60,7 @@ def test_the_last_user_message_is_echoed(echo: Gateway) -> None:
 def test_an_echo_is_the_same_streamed_or_not(
     echo: Gateway, messages: list[Any], content: str, prompt_tokens: int, stream: bool
 ) -> None:
-    request = {"messages": messages, "stream": stream, "stream_options": {"include_usage": True}}
+    request = {"messages": messages, "stream": stream, **({"stream_options": {"include_usage": True}} if stream else {})}
     response = echo.post(json.dumps(request).encode())
     echo.clock.pump([0.1] * 20)
     echo.client.flush()
@@ -110,7 +111,7 @@ def test_unknown_urls_and_methods_get_openai_errors(echo: Gateway) -> None:
         assert now_of(echo.get(path)).code == 404, path
     response = now_of(echo.get("/v1/nope"))
     assert (response.code, error_of(echo, response)["code"]) == (404, "unknown_url")
-    response = now_of(echo.get(wire.CHAT_COMPLETIONS))
+    response = now_of(echo.get(CHAT.path))
     assert (response.code, error_of(echo, response)["code"]) == (405, "method_not_allowed")
     assert response.headers.getRawHeaders("allow") == ["POST"]
     assert response.headers.getRawHeaders("x-request-id")
@@ -206,8 +207,8 @@ def test_model_names_that_callers_invent_do_not_become_labels() -> None:
     gateway = Gateway()
     healthy(gateway)
     for model in ("org/m", *(f"invented-{number}" for number in range(20))):
-        gateway.post(json.dumps({"messages": [{"role": "user"}], "model": model, "stream": 5}).encode())
-        response = gateway.post(json.dumps({"messages": [{"role": "user"}], "model": model}).encode())
+        gateway.post(json.dumps({"messages": [{"role": "user", "content": "x"}], "model": model, "stream": 5}).encode())
+        response = gateway.post(json.dumps({"messages": [{"role": "user", "content": "x"}], "model": model}).encode())
         if model == "org/m":
             gateway.agent.fail(OSError("no"))
         assert gateway.done(response).code == (502 if model == "org/m" else 404)
@@ -260,8 +261,8 @@ def test_every_request_leaves_exactly_one_record(echo: Gateway) -> None:
     echo.get("/v1/models/none")
     echo.get("/nope")
     assert [(record.route, record.status, record.code, record.fault) for record in echo.records] == [
-        (wire.CHAT_COMPLETIONS, 200, "", None),
-        (wire.CHAT_COMPLETIONS, 400, "invalid_json", "caller"),
+        (CHAT.path, 200, "", None),
+        (CHAT.path, 400, "invalid_json", "caller"),
         ("/v1/models/{id}", 404, "model_not_found", "caller"),
         ("other", 404, "unknown_url", "caller"),
     ]

@@ -13,19 +13,27 @@ IMPURE = {"time", "socket", "asyncio", "threading", "os", "pathlib", "random", "
 LOW_TO_HIGH = [
     "net",
     "exchange",
+    "keys_file",
+    "jwks",
     "probe",
     "backend",
     "echo",
     "pool",
+    "windows",
     "dispatch",
     "hedge",
     "relay",
+    "limiter",
+    "redis_link",
+    "redis_limiter",
     "inference",
     "metrics",
+    "guard",
     "logs",
     "app",
     "service",
     "command",
+    "cli",
 ]
 
 

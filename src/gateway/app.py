@@ -1,4 +1,4 @@
-"""Routes. Each request gets a record, an id and, whatever happens to it, an answer in OpenAI's form."""
+"""Routes. Each request gets a record, an id and, whatever happens to it, an answer in the form of the API that it speaks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from twisted.web.server import Request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from werkzeug.routing import PathConverter
 
+from . import __version__
 from .backend import Answer
-from .core import wire
+from .core import endpoints, openapi, wire
+from .core.error_forms import ANTHROPIC, OPENAI, RESPONSES, ErrorForm
 from .core.errors import GatewayError, internal_error
+from .core.messages import COUNT_TOKENS, MESSAGES
+from .core.model_settings import NO_MODELS, Models, listed
 from .core.record import Record
 from .core.status import Status
 from .dispatch import Dispatcher
+from .guard import Guard
 from .inference import Inference
 from .metrics import Metrics
 from .net.channel import Refusal
@@ -48,7 +53,7 @@ class App:
     """The HTTP face of the gateway.
 
     ``now`` gives seconds on the monotonic clock. ``observers`` see every record once. ``admin``: the routes under /admin are
-    there.
+    there. ``guard`` asks who sends a request; without one, nobody is asked. ``models``: what the settings say of models.
     """
 
     router = Klein()
@@ -66,11 +71,15 @@ class App:
         now: Callable[[], float],
         *,
         admin: bool = True,
+        guard: Guard | None = None,
+        models: Models = NO_MODELS,
     ) -> None:
         self.draining = False
         self._inference = inference
         self._dispatcher = dispatcher
         self._admin = admin
+        self._guard = guard
+        self._named = models
         self._status = status
         self._metrics = metrics
         self._observers = observers
@@ -93,9 +102,45 @@ class App:
 
     # --- routes
 
-    @router.route(wire.CHAT_COMPLETIONS, methods=["POST"])
+    @router.route(endpoints.CHAT.path, methods=["POST"])
     def chat_completions(self, request: Request) -> Deferred[None]:
-        return self._run(request, wire.CHAT_COMPLETIONS, self._infer)
+        return self._run(request, endpoints.CHAT.path, self._infer)
+
+    @router.route(endpoints.COMPLETIONS.path, methods=["POST"])
+    def completions(self, request: Request) -> Deferred[None]:
+        return self._run(request, endpoints.COMPLETIONS.path, self._infer)
+
+    @router.route(endpoints.EMBEDDINGS.path, methods=["POST"])
+    def embeddings(self, request: Request) -> Deferred[None]:
+        return self._run(request, endpoints.EMBEDDINGS.path, self._infer)
+
+    @router.route(endpoints.RESPONSES.path, methods=["POST"])
+    def responses(self, request: Request) -> Deferred[None]:
+        return self._run(request, endpoints.RESPONSES.path, self._infer, RESPONSES)
+
+    @router.route(endpoints.RERANK.path, methods=["POST"])
+    def rerank(self, request: Request) -> Deferred[None]:
+        return self._run(request, endpoints.RERANK.path, self._infer)
+
+    @router.route(endpoints.RERANK_OF_OLD.path, methods=["POST"])
+    def rerank_of_old(self, request: Request) -> Deferred[None]:
+        return self._run(request, endpoints.RERANK_OF_OLD.path, self._infer)
+
+    @router.route(endpoints.TOKENIZE.path, methods=["POST"])
+    def tokenize(self, request: Request) -> Deferred[None]:
+        return self._run(request, endpoints.TOKENIZE.path, self._infer)
+
+    @router.route(endpoints.DETOKENIZE.path, methods=["POST"])
+    def detokenize(self, request: Request) -> Deferred[None]:
+        return self._run(request, endpoints.DETOKENIZE.path, self._infer)
+
+    @router.route(MESSAGES, methods=["POST"])
+    def messages(self, request: Request) -> Deferred[None]:
+        return self._run(request, MESSAGES, self._infer_message, ANTHROPIC)
+
+    @router.route(COUNT_TOKENS, methods=["POST"])
+    def count_tokens(self, request: Request) -> Deferred[None]:
+        return self._run(request, COUNT_TOKENS, self._count_tokens, ANTHROPIC)
 
     @router.route("/v1/models", methods=["GET"])
     def models(self, request: Request) -> Deferred[None]:
@@ -104,7 +149,7 @@ class App:
     @router.route("/v1/models/<model:id>", methods=["GET"])
     def model(self, request: Request, id: str) -> Deferred[None]:
         async def answer(request: Request, record: Record) -> None:
-            listing = await self._list_models(request)
+            listing = await self._list_models(request, record)
             if listing.status < 400:
                 listing = listing._replace(body=wire.find_model(listing.body, id))
             await relay(listing, request, record, self._now)
@@ -123,6 +168,10 @@ class App:
     def metrics(self, request: Request) -> Deferred[None]:
         return self._run(request, "/metrics", self._metrics_page)
 
+    @router.route("/openapi.json", methods=["GET"])
+    def openapi(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/openapi.json", self._openapi)
+
     @router.route("/admin/explain", methods=["POST"])
     def explain(self, request: Request) -> Deferred[None]:
         return self._run(request, "/admin/explain", self._explain)
@@ -137,27 +186,46 @@ class App:
     @router.handle_errors(HTTPException)  # type: ignore[arg-type]  # klein wants IRequest, and gives what Server makes
     def no_route(self, request: Request, failure: Failure) -> bytes:
         """No route, or not with this method. Klein itself writes what this returns, and finishes the request."""
-        record = self._begin(request, "other")
+        anthropic = request.path.rstrip(b"/") in (MESSAGES.encode("ascii"), COUNT_TOKENS.encode("ascii"))
+        record = self._begin(request, "other", ANTHROPIC if anthropic else OPENAI)
         error = _no_route(request, failure.value)
         record.failed(error)
         self._observe(record)
-        return _head_of_error(request, error)
+        return _head_of_error(request, record, error)
 
     # --- their work
 
     def _infer(self, request: Request, record: Record) -> Awaitable[None]:
-        if self.draining:
-            raise GatewayError("draining", _DRAINING, retry_after=1.0)
+        self._check_open()
         return self._inference.infer(request, record)
 
-    async def _models(self, request: Request, record: Record) -> None:
-        await relay(await self._list_models(request), request, record, self._now)
+    def _infer_message(self, request: Request, record: Record) -> Awaitable[None]:
+        self._check_open()
+        return self._inference.infer_message(request, record)
 
-    async def _list_models(self, request: Request) -> Answer:
-        """The union of what the backends serve; of backends that tell only their clients, what they tell this one."""
-        entries = self._dispatcher.pool.models()
+    def _count_tokens(self, request: Request, record: Record) -> Awaitable[None]:
+        self._check_open()
+        return self._inference.count_tokens(request, record)
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise GatewayError("draining", _DRAINING, retry_after=1.0)
+
+    async def _models(self, request: Request, record: Record) -> None:
+        await relay(await self._list_models(request, record), request, record, self._now)
+
+    async def _list_models(self, request: Request, record: Record) -> Answer:
+        """The union of what the backends serve; of backends that tell only their clients, what they tell this one. Models
+        that the caller may not use are left out."""
+        entries, principal = self._dispatcher.pool.models(), record.principal
         if not entries and self._dispatcher.pool.known_models() is None:
-            return await self._dispatcher.ask_models(self._inference.forwardable(request))
+            answer = await self._dispatcher.ask_models(self._inference.forwardable(request))
+            if (principal.models is None and not self._named) or answer.status >= 400:
+                return answer
+            entries = wire.models(answer.body)
+        entries = [*entries, *listed(self._named, entries)]
+        if principal.models is not None:
+            entries = [entry for entry in entries if principal.may_use(entry["id"])]
         return Answer(200, [(b"Content-Type", b"application/json")], wire.listing(entries))
 
     async def _explain(self, request: Request, record: Record) -> None:
@@ -170,7 +238,7 @@ class App:
     def _change_backend(self, request: Request, record: Record, name: str) -> None:
         """Take a backend out of service (``{"draining": true}``), or back."""
         self._check_admin(request)
-        change = wire.parse_change(body_of(request))
+        change = wire.CHANGE.read(body_of(request))
         pool = self._dispatcher.pool
         try:
             pool.drain(name) if change.draining else pool.undrain(name)
@@ -199,20 +267,26 @@ class App:
         content_type, body = self._metrics.page(accept.decode("latin-1"))
         _reply(request, record, body, content_type)
 
+    async def _openapi(self, request: Request, record: Record) -> None:
+        _reply(request, record, openapi.document(__version__, strict=self._inference.strict))
+
     # --- one request
 
-    def _run(self, request: Request, route: str, work: Work) -> Deferred[None]:
-        record = self._begin(request, route)
+    def _run(self, request: Request, route: str, work: Work, form: ErrorForm = OPENAI) -> Deferred[None]:
+        record = self._begin(request, route, form)
         running = ensureDeferred(self._answered(request, record, work))
         if not running.called:
             self._running[record] = running
         return running
 
-    def _begin(self, request: Request, route: str) -> Record:
+    def _begin(self, request: Request, route: str, form: ErrorForm) -> Record:
         method = request.method.decode("ascii", "replace")
         client = getattr(request.getClientAddress(), "host", "")
         record = self._record(request.getHeader(b"x-request-id"), method, route, client)
         request.setHeader(b"x-request-id", record.request_id.encode("ascii"))
+        if form is not OPENAI:
+            record.error_form = form
+            request.setHeader(b"request-id", record.request_id.encode("ascii"))  # as Anthropic's API has it
         return record
 
     def _record(self, given_id: bytes | None, method: str, route: str, client: str) -> Record:
@@ -222,6 +296,8 @@ class App:
     async def _answered(self, request: Request, record: Record, work: Work) -> None:
         """Whatever ends the request, it ends with an answer if somebody waits for one, and is observed once."""
         try:
+            if self._guard is not None and (admitted := self._guard.admit(request, record)) is not None:
+                await admitted
             await work(request, record)
         except CancelledError:
             if connected(request):
@@ -306,13 +382,13 @@ def _fail(request: Request, record: Record, error: GatewayError) -> None:
     if begun:
         cut(request)
         return
-    _write(request, _head_of_error(request, error))
+    _write(request, _head_of_error(request, record, error))
 
 
-def _head_of_error(request: Request, error: GatewayError) -> bytes:
+def _head_of_error(request: Request, record: Record, error: GatewayError) -> bytes:
     for name, value in error.headers():
         request.setHeader(name.encode("ascii"), value.encode("ascii"))
-    return _head(request, error.status, "application/json", error.body())
+    return _head(request, error.status, "application/json", record.error_form.body(error, record.request_id))
 
 
 def _head(request: Request, status: int, content_type: str, body: bytes) -> bytes:

@@ -7,14 +7,14 @@ honest status. Whatever goes wrong on the way comes out as `BackendFailed`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorTime
 
-from .core import assembly, sse, usage, wire
+from .core import assembly, message_usage, messages, sse, usage, wire
 from .core.backend_settings import Kind
 from .core.errors import UNDECODABLE, BackendFailed
 from .core.reports import Report
@@ -26,26 +26,28 @@ from .probe import Prober, retry_after
 
 
 class Answer(NamedTuple):
-    """A reply that is all there."""
+    """A reply that is all there. ``native``: it is in the words of the client's own API."""
 
     status: int
     headers: list[tuple[bytes, bytes]]
     body: bytes
     usage: Usage = Usage()
     finish_reason: str | None = None
+    native: bool = False
 
 
 class Stream(Protocol):
     """A reply whose body is on its way. It is a push producer: pausing it pauses the backend.
 
     ``framed``: the body says itself where it ends, so a connection that closes early shows.
-    ``usage_added``: the gateway asked for the usage chunk, the client did not.
+    ``usage_added``: the gateway asked for the usage chunk, the client did not. ``native``: as of `Answer`.
     """
 
     status: int
     headers: list[tuple[bytes, bytes]]
     framed: bool
     usage_added: bool
+    native: bool
 
     def deliver(self, receive: Receive) -> Deferred[None]:
         """Push the body to ``receive``; fires when it has ended, fails with `BackendFailed`."""
@@ -89,6 +91,7 @@ class HTTPBackend:
         api_key: str | None = None,
         own_key: bool = True,
         stream_usage: bool = True,
+        messages: Literal["auto", "native", "translate"] = "auto",
         max_answer: int = 64 * 1024 * 1024,
     ) -> None:
         self.name = name
@@ -98,31 +101,79 @@ class HTTPBackend:
         self._probe_timers = Timers(clock, PROBE_TIMEOUTS)
         self._authorization = f"Bearer {api_key}".encode("ascii") if api_key else None
         self._stream_usage = stream_usage
+        self._messages = messages
         self._max_answer = max_answer
         given = [(b"authorization", self._authorization)] if self._authorization else []
         self._prober = Prober(self._url, client, clock, kind=kind, headers=given, own_key=own_key)
 
     async def send(self, call: wire.Call) -> Answer | Stream:
         kind = self._prober.kind or await self._prober.ask_kind()
-        stream = call.stream
-        assemble = kind == "llamacpp" and not stream
-        ask_usage = stream and kind != "llamacpp" and self._stream_usage and not call.include_usage
-        body = wire.as_stream(call.body) if assemble else wire.with_usage(call.body) if ask_usage else call.body
-        exchange = Exchange(self._client, self._timers, self._max_answer)
+        if not call.generates:
+            return await self._count_tokens(call, exact=kind == "llamacpp" or self._messages == "native")
+        endpoint, asked = call.endpoint, call.asked
+        stream = bool(asked.stream)
+        # llama-server tells its own messages as well as we can, but only of a stream does it see that the client has left.
+        if call.native and (self._messages == "native" or (self._messages == "auto" and kind == "llamacpp" and stream)):
+            reply = await self._send_native(call, call.native)
+            if reply.status != 404 or self._messages == "native":
+                return reply
+            self._messages = "translate"  # a version that does not know them
+        assemble = None if stream or kind != "llamacpp" else endpoint.assembler
+        ask_usage = stream and kind != "llamacpp" and self._stream_usage and endpoint.usage_option and not asked.include_usage
+        body = call.body
+        if assemble is not None:
+            body = wire.as_stream(body, usage=endpoint.usage_option)
+        elif ask_usage:
+            body = wire.with_usage(body)
+        exchange = await self._post(call, endpoint.path, body)
         exchange.usage_added = ask_usage
-        headers = self._headers(call.headers)
-        headers += [(b"content-type", b"application/json"), (b"x-request-id", call.request_id.encode("ascii"))]
-        await exchange.open("POST", self._url + call.path.encode("ascii"), RawHeaders(headers), body)
         if not exchange.is_event_stream or not 200 <= exchange.status < 300:
             return _judged(Answer(exchange.status, exchange.headers, await exchange.content()))
-        if assemble:
-            return await _assembled(exchange, self._max_answer)
+        if assemble is not None:
+            return await _assembled(exchange, assemble(self._max_answer))
         return exchange
+
+    async def _send_native(self, call: wire.Call, body: bytes) -> Answer | Stream:
+        """A message to a server that knows Anthropic's API."""
+        exchange = await self._post(call, messages.MESSAGES, body)
+        exchange.native = True
+        if exchange.is_event_stream and 200 <= exchange.status < 300:
+            return exchange
+        return _judged(Answer(exchange.status, exchange.headers, await exchange.content(), native=True))
+
+    async def _post(self, call: wire.Call, path: str, body: bytes) -> Exchange:
+        exchange = Exchange(self._client, self._timers, self._max_answer)
+        headers = self._headers(call.headers)
+        headers += [(b"content-type", b"application/json"), (b"x-request-id", call.request_id.encode("ascii"))]
+        await exchange.open("POST", self._url + path.encode("ascii"), RawHeaders(headers), body)
+        return exchange
+
+    async def _count_tokens(self, call: wire.Call, *, exact: bool) -> Answer:
+        """By the server's own tokenizer if it has that page, else an estimate."""
+        if exact:
+            exchange = await self._post(call, messages.COUNT_TOKENS, call.body)
+            answer = Answer(exchange.status, exchange.headers, await exchange.content())
+            if answer.status not in (404, 501):
+                return _judged(answer)
+        return Answer(200, [(b"content-type", b"application/json")], messages.token_count(messages.estimate(call.body)))
 
     async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
         exchange = Exchange(self._client, self._probe_timers, self._max_answer)
         await exchange.open("GET", self._url + b"/v1/models", RawHeaders(self._headers(headers)), None)
         return _judged(Answer(exchange.status, exchange.headers, await exchange.content()))
+
+    @property
+    def kind(self) -> Kind | None:
+        """What it is; None: not known yet."""
+        return self._prober.kind
+
+    async def ask(self, path: str, body: bytes) -> dict[str, Any]:
+        """The JSON object that a page of its own gives, within the time of a probe. Raises `BackendFailed` or `UNDECODABLE`."""
+        exchange = Exchange(self._client, self._probe_timers, self._max_answer)
+        headers = [*self._headers([]), (b"content-type", b"application/json")]
+        await exchange.open("POST", self._url + path.encode("ascii"), RawHeaders(headers), body)
+        answer = _judged(Answer(exchange.status, exchange.headers, await exchange.content()))
+        return msgspec.json.decode(answer.body, type=dict[str, Any])
 
     async def probe(self) -> Report:
         return await self._prober.look()
@@ -158,11 +209,11 @@ def _is_json(headers: list[tuple[bytes, bytes]]) -> bool:
 
 def _with_usage(answer: Answer) -> Answer:
     try:
-        used, finish_reason = usage.of_answer(answer.body)
+        used, finish_reason = message_usage.of_message(answer.body) if answer.native else usage.of_answer(answer.body)
     except UNDECODABLE as problem:
         message = "The backend's answer is not the JSON that it says it is."
         raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
-    return Answer(answer.status, answer.headers, answer.body, used, finish_reason)
+    return answer._replace(usage=used, finish_reason=finish_reason)
 
 
 def _said(body: bytes) -> str:
@@ -175,8 +226,7 @@ def _said(body: bytes) -> str:
     return message[:300] if isinstance(message, str) else ""
 
 
-async def _assembled(exchange: Exchange, limit: int) -> Answer:
-    assembler = assembly.Assembler(limit)
+async def _assembled(exchange: Exchange, assembler: assembly.Assembler | assembly.ResponseAssembler) -> Answer:
     try:
         await exchange.deliver(assembler.feed)
         body = assembler.answer()

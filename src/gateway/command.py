@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from dotenv.parser import parse_stream
 from twisted.python import usage
 
 from . import __version__
 from .core.readers import SettingsError
-from .core.settings import Settings, Source, option_rows, resolve
+from .core.settings import Settings, Source, option_rows, resolve, switches
 from .net.reactor import install as install_reactor
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 def die(problem: object) -> NoReturn:
     """One line and exit status 1, before there is a daemon that could not be asked."""
     sys.exit(f"inference-gateway: {problem}")
+
+
+_SWITCHES: Final = frozenset(f"--{name}" for name in switches())
 
 
 class Options(usage.Options):
@@ -40,7 +44,7 @@ class Options(usage.Options):
 
     def parseOptions(self, options: list[str] | None = None) -> None:
         try:
-            super().parseOptions(options)
+            super().parseOptions(_with_values(sys.argv[1:] if options is None else options))
         except usage.UsageError as problem:
             die(f"{str(problem).rstrip('.')}; --help lists the options")
 
@@ -52,15 +56,30 @@ class Options(usage.Options):
     def postOptions(self) -> None:
         """Put the sources together; a problem with any of them ends the start."""
         given = {name.replace("-", "_"): value for name, value in self.items() if value is not None}
-        option = Source("command line", "option", given)
         try:
-            env = [Source(".env", "dotenv", _dotenv(Path(".env"))), Source("environment", "env", os.environ)]
-            # Where the file is, is told by the other sources; what it says is overruled by them.
-            config = resolve([*env, option]).config
-            files = [Source(config, "file", _toml(Path(config)))] if config else []
-            self.settings = resolve([*files, *env, option])
+            self.settings = settings_of(Source("command line", "option", given))
         except SettingsError as problem:
             die(problem)
+
+
+def settings_of(option: Source) -> Settings:
+    """The settings from all the sources there are, of which ``option`` comes last. Raises `SettingsError`."""
+    env = [Source(".env", "dotenv", _dotenv(Path(".env"))), Source("environment", "env", os.environ)]
+    # Where the file is, is told by the other sources; what it says is overruled by them.
+    config = resolve([*env, option], partial=True).config
+    files = [Source(config, "file", _toml(Path(config)))] if config else []
+    return resolve([*files, *env, option])
+
+
+def _with_values(options: Sequence[str]) -> list[str]:
+    """A switch that stands alone means true."""
+    found: list[str] = []
+    for place, option in enumerate(options):
+        found.append(option)
+        alone = place + 1 == len(options) or options[place + 1].startswith("--")
+        if alone and option in _SWITCHES:
+            found.append("true")
+    return found
 
 
 def _dotenv(path: Path) -> dict[str, str | None]:

@@ -72,6 +72,7 @@ class Exchange(protocol.Protocol):
     server = b""
     framed = True
     usage_added = False
+    native = False
     is_event_stream = False
     _requested: Deferred[Any] | None = None
     _waiting: Deferred[None] | None = None

@@ -66,7 +66,7 @@ class AccessText:
         self._texts: dict[tuple[object, ...], tuple[str, str]] = {}
 
     def __call__(self, record: Record) -> str:
-        if record.code or record.retries or record.first_token is not None:
+        if record.code or record.retries or record.served_model or record.first_token is not None:
             return str(access_fields(record))
         same = (
             record.route,
@@ -79,6 +79,8 @@ class AccessText:
             record.finish_reason,
             record.method,
             record.decision,
+            record.principal.id,
+            record.principal.tenant,
         )
         before, after = self._texts.get(same) or self._make(same, record)
         used = record.usage
@@ -98,11 +100,12 @@ class AccessText:
         stream = " stream=true" if record.stream else ""
         finish = f" finish_reason={_text(record.finish_reason)}" if record.finish_reason else ""
         client = f" client={record.client}" if record.client else ""
+        caller = f" tenant={_text(record.tenant)} key={_text(record.key)}" if record.key else ""
         before = f" method={record.method} route={record.route} status={record.status}{model}{backend}"
         before += f"{decision}{stream} duration_ms="
         if len(self._texts) >= self._most:
             self._texts.clear()
-        self._texts[same] = made = (before, f"{finish}{client}")
+        self._texts[same] = made = (before, f"{finish}{caller}{client}")
         return made
 
 
@@ -114,6 +117,8 @@ def access_fields(record: Record) -> Fields:
         fields["fault"] = record.fault
     if record.model:
         fields["model"] = record.model[:128]
+    if record.served_model:
+        fields["served_model"] = record.served_model
     if record.backend:
         fields["backend"] = record.backend
         fields["attempts"] = record.attempts
@@ -129,8 +134,7 @@ def access_fields(record: Record) -> Fields:
     if record.first_token is not None:
         fields["first_token_ms"] = _ms(record.first_token - record.started)
     _add_usage(fields, record)
-    if record.client:
-        fields["client"] = record.client
+    _add_caller(fields, record)
     if record.message:
         fields["error"] = record.message[:500]
     if record.detail:
@@ -150,6 +154,14 @@ def _add_usage(fields: Fields, record: Record) -> None:
         fields["cached_tokens"] = used.cached_tokens
     if record.finish_reason:
         fields["finish_reason"] = record.finish_reason
+
+
+def _add_caller(fields: Fields, record: Record) -> None:
+    if record.key:
+        fields["tenant"] = record.tenant
+        fields["key"] = record.key
+    if record.client:
+        fields["client"] = record.client
 
 
 def _ms(seconds: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Final
 
@@ -17,17 +17,18 @@ from prometheus_client.utils import floatToGoString
 from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
-from .core import wire
+from .core.endpoints import ENDPOINTS
 from .core.look import Snapshot
+from .core.messages import MESSAGES
 from .core.record import Record
-from .core.status import Status
+from .core.status import LimitsState, Status
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Buckets for durations; local models are slow, so they reach minutes."""
 
 TOKEN_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
-INFERENCE_ROUTES: Final = frozenset([wire.CHAT_COMPLETIONS])
+INFERENCE_ROUTES: Final = frozenset([*ENDPOINTS, MESSAGES])
 """The JSON view counts these alone: probes and scrapes are not the gateway's work."""
 
 _JSON: Final = "application/json"
@@ -62,11 +63,12 @@ class _Histogram:
 
 
 class Metrics:
-    """An observer of records. ``now`` gives seconds on the monotonic clock."""
+    """An observer of records. ``now`` gives seconds on the monotonic clock; ``models`` are names that no backend has."""
 
-    def __init__(self, status: LookUp, now: Callable[[], float]) -> None:
+    def __init__(self, status: LookUp, now: Callable[[], float], models: Collection[str] = ()) -> None:
         self._status = status
         self._now = now
+        self._models = models
         self._started = now()
         self._requests: dict[tuple[str, str, str, int, str, str], int] = {}
         self._duration: dict[str, _Histogram] = {}
@@ -113,6 +115,7 @@ class Metrics:
         if record.ended >= self._labels_until:
             self._labels_until = record.ended + LABELS_SECONDS
             self._model_labels = {name: name for backend in self._status().backends for name in backend.models or ()}
+            self._model_labels.update((name, name) for name in self._models)
         return self._model_labels.get(model, "other")
 
     # --- what it looks like from outside
@@ -227,12 +230,30 @@ def _scheduling(seen: Snapshot) -> Iterator[Metric]:
         yield CounterMetricFamily(name, f"Prompt tokens from a backend's cache, as {kind}.", value=number)
 
 
+def _limits(seen: LimitsState) -> Iterator[Metric]:
+    limited = CounterMetricFamily("gateway_limited", "Requests refused by a limit of their key.", labels=["limit"])
+    for limit, number in seen.limited.items():
+        limited.add_metric([limit], number)
+    yield limited
+    yield GaugeMetricFamily("gateway_limits_keys", "Keys and addresses that are counted for.", value=seen.keys)
+    if seen.redis is None:
+        return
+    yield GaugeMetricFamily("gateway_limits_redis_up", "1 while Redis counts, 0 while it is away.", value=seen.redis)
+    without = CounterMetricFamily("gateway_limits_without_redis", "Requests it was not asked about.", labels=["decision"])
+    for decision, number in seen.without_redis.items():
+        without.add_metric([decision], number)
+    yield without
+    yield GaugeMetricFamily("gateway_limits_unsettled", "Ended requests that Redis is yet to be told of.", value=seen.unsettled)
+    yield CounterMetricFamily("gateway_limits_settlements_lost", "Those that it never will be told of.", value=seen.lost)
+
+
 def _gauges(status: Status) -> Iterator[Metric]:
     inflight = GaugeMetricFamily("gateway_inflight", "Requests that a backend holds.", labels=["backend"])
     for name, count in status.scheduling.inflight.items():
         inflight.add_metric([name], count)
     yield inflight
     yield from _scheduling(status.scheduling)
+    yield from _limits(status.limits)
     breaker = GaugeMetricFamily("gateway_breaker_state", "1 for the state a breaker is in.", labels=["backend", "state"])
     transitions = CounterMetricFamily("gateway_breaker_transitions", "Times that a breaker opened.", labels=["backend"])
     slots = GaugeMetricFamily("gateway_backend_slots", "Requests that a backend works on at once.", labels=["backend"])

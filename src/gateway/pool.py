@@ -20,7 +20,8 @@ from twisted.python.failure import Failure
 from .backend import Backend
 from .core.backend_settings import BackendSettings
 from .core.errors import BackendFailed
-from .core.health import Health, Rules, offers
+from .core.health import Health, Rules, offers, windows
+from .core.ranges import Window
 from .core.reports import Report
 from .core.settings import Settings
 from .core.status import IN_ORDER, BackendState, Offer
@@ -64,6 +65,8 @@ class Pool(Service):
         ]
         self._marks = {name: health.mark() for name, health in self._health.items()}
         self._watchers: list[Watcher] = []
+        self.windows: dict[str, Window] = {}
+        """What is known of each model's window."""
         self._offers = {offer.name: offer for offer in self._all_offers()}
         self._shown = {name: health.state(clock.seconds()) for name, health in self._health.items()}
         self._change: IDelayedCall | None = None
@@ -108,6 +111,13 @@ class Pool(Service):
                 return None
             known |= health.takes
         return known
+
+    def one_with(self, model: str) -> str | None:
+        """A backend that is in order and has the model."""
+        for name, health in self._health.items():
+            if self._offers[name].accepting and health.takes is not None and model in health.takes:
+                return name
+        return None
 
     def is_warming(self, model: str) -> bool:
         """A backend that may have the model is not ready yet, but will be: it loads, or has not been looked at."""
@@ -187,6 +197,7 @@ class Pool(Service):
 
     def _reported(self, name: str, report: Report) -> None:
         self._health[name].reported(report, self._clock.seconds())
+        self.windows = windows(list(self._health.values()))
         self._update()
 
     def _unreachable(self, name: str, failure: BackendFailed) -> None:

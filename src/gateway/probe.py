@@ -13,6 +13,7 @@ from twisted.internet.interfaces import IReactorTime
 
 from .core import wire
 from .core.backend_settings import Kind
+from .core.endpoints import CHAT
 from .core.errors import UNDECODABLE, BackendFailed
 from .core.load import Load
 from .core.reports import LOOKS, MAX_MODELS, SIGNS, Facts, Parse, Report, kind_of
@@ -139,7 +140,7 @@ class Prober:
             page = await self._get(path)
             silent = silent and page.status == 404
             kind = sign if page.ok and parse(page.body) is not None else None
-        if kind is None and silent and (await self._get(wire.CHAT_COMPLETIONS)).status == 404:
+        if kind is None and silent and (await self._get(CHAT.path)).status == 404:
             reason = "there is nothing under its URL: whatever it was asked, it answered 404"
             raise _NotHealthy(Report(self.kind or "openai", "config_error", reason))
         self._lacks.clear()
@@ -185,6 +186,7 @@ class Prober:
             kv_tokens=known.kv_tokens or told.kv_tokens,
             load=load,
             started=told.started,
+            context=known.context,
         )
 
     async def _first(self, pages: Iterable[tuple[str, Parse]], timers: Timers, *, must: bool) -> Facts | None:

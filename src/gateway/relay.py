@@ -17,11 +17,14 @@ from zope.interface import implementer
 
 from .backend import Answer, Stream
 from .core import sse
+from .core.endpoints import endpoint_of
 from .core.errors import BackendFailed, GatewayError, internal_error
+from .core.message_answers import Translation
+from .core.message_stream import MessageStream
+from .core.message_usage import MessageMeter
 from .core.record import Record
 from .core.scheduler import Scheduler
 from .core.tickets import Ticket
-from .core.usage import UsageMeter
 
 _log: Final = Logger("gateway.relay")
 
@@ -41,13 +44,22 @@ def cut(request: Request) -> None:
         transport.abortConnection()
 
 
-def relay(reply: Answer | Stream, request: Request, record: Record, now: Callable[[], float]) -> Awaitable[None]:
-    """Send the reply to the client, and finish the request.
+def relay(
+    reply: Answer | Stream,
+    request: Request,
+    record: Record,
+    now: Callable[[], float],
+    translation: Translation | None = None,
+) -> Awaitable[None]:
+    """Send the reply to the client, and finish the request. A stream goes through the ``translation``, if there is one.
 
     What fails after the first byte is told to the client in the stream itself and written into the
     record; what fails before it is raised, as is CancelledError when the client has gone.
     """
-    return _answer(reply, request, record) if isinstance(reply, Answer) else _stream(reply, request, record, now)
+    if isinstance(reply, Answer):
+        return _answer(reply, request, record)
+    told = None if translation is None or reply.native else translation.stream()
+    return _stream(reply, request, record, _Watch(reply, request, record, now, told))
 
 
 async def _answer(answer: Answer, request: Request, record: Record) -> None:
@@ -58,7 +70,7 @@ async def _answer(answer: Answer, request: Request, record: Record) -> None:
     if answer.status >= 400:
         record.failed(GatewayError("rejected_by_backend", "The backend refused the request."))
     if in_stream:
-        request.write(sse.encode(answer.body))
+        request.write(record.error_form.event(answer.body) if answer.status >= 400 else sse.encode(answer.body))
         request.finish()
         return
     request.setHeader(b"content-length", b"%d" % len(answer.body))
@@ -101,8 +113,7 @@ class _Pieces:
         """The client has gone; who waits for ``sent`` is cancelled in the same turn."""
 
 
-async def _stream(stream: Stream, request: Request, record: Record, now: Callable[[], float]) -> None:
-    watch = _Watch(stream, request, record, now)
+async def _stream(stream: Stream, request: Request, record: Record, watch: _Watch) -> None:
     request.registerProducer(IPushProducer(stream), True)
     failure: GatewayError | None = None
     try:
@@ -126,8 +137,12 @@ async def _stream(stream: Stream, request: Request, record: Record, now: Callabl
         if not request.startedWriting:
             raise failure
         record.failed(failure)
-        request.write(sse.encode(failure.body()))
+        request.write(_event_of(failure, record))
     request.finish()
+
+
+def _event_of(failure: GatewayError, record: Record) -> bytes:
+    return record.error_form.event(record.error_form.body(failure, record.request_id))
 
 
 def _unbuffered(request: Request) -> None:
@@ -175,7 +190,7 @@ class Heartbeat:
     def fail(self, error: GatewayError) -> None:
         """Tell the client in the stream that has begun, and end it."""
         self._record.failed(error)
-        self._request.write(sse.encode(error.body()))
+        self._request.write(_event_of(error, self._record))
         self._request.finish()
 
     def stop(self) -> None:
@@ -195,17 +210,20 @@ def no_heartbeat(request: Request, record: Record, scheduler: Scheduler) -> None
 class _Watch:
     """Passes events on, and reads in passing what the record wants to know."""
 
-    def __init__(self, stream: Stream, request: Request, record: Record, now: Callable[[], float]) -> None:
+    def __init__(
+        self, stream: Stream, request: Request, record: Record, now: Callable[[], float], told: MessageStream | None
+    ) -> None:
         self._stream = stream
+        self._told = told
         self._request = request
         self._record = record
         self._now = now
         self._decoder = sse.Decoder()
-        self._meter = UsageMeter()
+        self._meter = MessageMeter() if stream.native else endpoint_of(record.route).meter()
 
     @property
     def done(self) -> bool:
-        """The answer is whole: ``[DONE]`` has passed."""
+        """The answer is whole: its last event has passed."""
         return self._meter.done
 
     def receive(self, data: bytes) -> None:
@@ -218,17 +236,26 @@ class _Watch:
         if not events:
             return
         now = self._now()
-        meter, hide = self._meter, self._stream.usage_added
+        meter, hide, told = self._meter, self._stream.usage_added, self._told
         passed = []
         for event in events:
-            if not meter.see(event, now) or not hide:
+            added = meter.see(event, now) and hide
+            if told is not None:
+                passed.append(told.see(event))
+            elif not added:
                 passed.append(event.raw)
         if meter.done:
             self._stream.expect_end()
+            if told is not None:
+                passed.append(told.end(meter.usage))
         if passed:
+            self._pass(passed[0] if len(passed) == 1 else b"".join(passed))
+
+    def _pass(self, data: bytes) -> None:
+        if data:
             if not self._request.startedWriting:
                 self._start()
-            self._request.write(passed[0] if len(passed) == 1 else b"".join(passed))
+            self._request.write(data)
 
     def _start(self) -> None:
         _start(self._stream, self._request, self._record)
@@ -237,6 +264,8 @@ class _Watch:
     def check_end(self, *, framed: bool) -> None:
         """Raises `BackendFailed` if the stream stopped before its answer was whole."""
         if self._meter.done or self._meter.failed or (framed and self._meter.whole and not self._decoder.pending.strip()):
+            if self._told is not None:
+                self._pass(self._told.end(self._meter.usage))
             return
         raise BackendFailed("backend_protocol_error", "The backend's stream ended before its answer was complete.")
 

@@ -14,20 +14,26 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import ILogObserver, Logger
 from twisted.web.server import Request
 
 from . import __version__
 from .app import App
 from .backend import Backend, HTTPBackend
+from .core.auth import Auth
 from .core.backend_settings import BackendSettings
 from .core.policy import POLICIES
+from .core.principal import NO_LIMITS
+from .core.principal import Limits as KeyLimits
+from .core.readers import SettingsError
 from .core.record import Record
 from .core.retry_budget import RetryBudget
 from .core.scheduler import Scheduler
@@ -37,8 +43,12 @@ from .core.tickets import Bounds
 from .dispatch import Dispatcher
 from .echo import EchoBackend
 from .exchange import Timeouts
+from .guard import Guard
 from .hedge import Hedge
 from .inference import Inference
+from .jwks import Jwks
+from .keys_file import KeysFile
+from .limiter import Limiter, Limiting, LocalLimiter
 from .logs import LineObserver, RotatedFile, StandardOutput, access_log
 from .metrics import Metrics
 from .net.agent import Agent, BackendClient
@@ -46,6 +56,10 @@ from .net.channel import Limits
 from .net.server import Server
 from .pool import Pool
 from .relay import Heartbeat, no_heartbeat
+from .windows import Windows
+
+if TYPE_CHECKING:
+    from .core.jwt_tokens import Verifier
 
 BACKLOG: Final = 4096
 SPARE_FILES: Final = 100
@@ -122,6 +136,44 @@ def _check_pidfile(path: str | None) -> None:
         raise StartError(f"cannot write the pidfile {path} (twistd --pidfile)")
 
 
+def _make_verifier(settings: Settings) -> Verifier:
+    """Verifies tokens by the key that the settings name; by none yet if it is to be fetched. Raises `StartError`."""
+    try:
+        from .core import jwt_tokens  # noqa: PLC0415 - an optional part
+    except ImportError:
+        raise StartError("GATEWAY_JWT_...: PyJWT is not installed: pip install 'inference-gateway[jwt]'") from None
+    rules = jwt_tokens.Rules(
+        settings.jwt_algorithms, settings.jwt_issuer, settings.jwt_audience, settings.jwt_leeway, dict(settings.jwt_claims)
+    )
+    if settings.jwt_key:
+        return jwt_tokens.Verifier(rules, [jwt_tokens.secret_signer(settings.jwt_key)])
+    if settings.jwt_key_file:
+        try:
+            return jwt_tokens.Verifier(rules, jwt_tokens.read_signers(Path(settings.jwt_key_file).read_bytes()))
+        except (OSError, ValueError) as problem:
+            why = problem.strerror if isinstance(problem, OSError) else problem
+            raise StartError(f"GATEWAY_JWT_KEY_FILE: {settings.jwt_key_file}: {why}") from None
+    return jwt_tokens.Verifier(rules)
+
+
+def _use_signers(verifier: Verifier, auth: Auth, body: bytes) -> None:
+    """Verify by what a JWK set says from now on. Raises ValueError."""
+    if verifier.use(body):
+        auth.forget_tokens()
+
+
+def _limiter(settings: Settings, reactor: Any) -> Limiter:
+    """Who counts what limits allow. Raises `StartError`."""
+    if settings.redis_url is None:
+        return LocalLimiter(reactor.seconds, time.time)
+    try:
+        from .redis_limiter import RedisLimiter  # noqa: PLC0415 - an optional part
+    except ImportError:
+        raise StartError("GATEWAY_REDIS_URL needs txredisapi: pip install 'inference-gateway[redis]'") from None
+    fail_open = settings.limits_fail == "open"
+    return RedisLimiter(settings.redis_url, reactor, time.time, settings.redis_timeout, fail_open=fail_open)
+
+
 class Gateway(Service):
     """The whole gateway as one service: its stop is one sequence, in which each step waits for the one before."""
 
@@ -138,13 +190,20 @@ class Gateway(Service):
         self._stopping = False
         self._hurry: Deferred[None] = Deferred()
         self._agents: dict[float, Agent] = {}
+        self._watching: list[Service] = []
+        guard = self._make_guard()
+        self._asks = guard is not None
         self.backends = [self._make_backend(own) for own in settings.backends] or [EchoBackend(reactor, time.time)]
         self.pool = Pool(self.backends, settings, reactor)
         scheduler = Scheduler(
             POLICIES[settings.policy](), Bounds(settings.queue_requests, settings.queue_bytes, settings.priority_aging)
         )
+        self.limiter = _limiter(settings, reactor)
+        default = KeyLimits(settings.limit_requests, settings.limit_tokens, settings.limit_concurrency)
+        default = NO_LIMITS if default == NO_LIMITS else default
+        self.limiting = Limiting(self.limiter, reactor.seconds, default, settings.prices)
         self.dispatcher = Dispatcher(scheduler, self.pool, {one.name: one for one in self.backends}, reactor)
-        metrics = Metrics(self.status, reactor.seconds)
+        metrics = Metrics(self.status, reactor.seconds, settings.models)
         observers = (metrics, access_log if observer is None else observer.access(reactor))
         self.app = App(
             self._make_inference(),
@@ -153,26 +212,58 @@ class Gateway(Service):
             metrics,
             observers,
             reactor.seconds,
-            admin=settings.admin == "on" or (settings.admin == "auto" and _is_loopback(settings.host)),
+            admin=settings.admin == "on" or (settings.admin == "auto" and (self._asks or _is_loopback(settings.host))),
+            guard=guard,
+            models=settings.models,
         )
         limits = Limits(settings.max_body, settings.max_connections, settings.client_timeout, settings.idle_timeout)
         self.server = Server(self.app.resource(), limits, reactor, self.app.refused, self.app.known())
 
-    def _make_backend(self, own: BackendSettings) -> Backend:
-        """Backends share an agent, unless they differ in how long a connection may take."""
-        agent = self._agents.get(own.connect_timeout)
+    def _make_guard(self) -> Guard | None:
+        """Who asks for keys, if there are any. Raises `StartError`."""
+        settings, reactor = self._settings, self._reactor
+        verified = settings.jwt_key or settings.jwt_key_file or settings.jwt_jwks_url
+        if not settings.keys and not verified:
+            if not _is_loopback(settings.host) and not settings.insecure_open:
+                raise StartError(
+                    f"--host {settings.host} is not loopback, and nobody is asked for a key: "
+                    "set GATEWAY_KEYS or GATEWAY_JWT_..., or say --insecure-open"
+                )
+            return None
+        verifier = _make_verifier(settings) if verified else None
+        auth = Auth(verifier)
+        jwks = None
+        if settings.jwt_jwks_url and verifier is not None:
+            use = partial(_use_signers, verifier, auth)
+            jwks = Jwks(settings.jwt_jwks_url, BackendClient(self._agent(settings.connect_timeout)), reactor, use)
+            self._watching.append(jwks)
+        if settings.keys:
+            try:
+                in_thread = partial(deferToThreadPool, reactor, reactor.getThreadPool())
+                self._watching.append(KeysFile(Path(settings.keys), reactor, auth.use_keys, in_thread))
+            except SettingsError as problem:
+                raise StartError(f"GATEWAY_KEYS: {problem}") from None
+        return Guard(auth, time.time, jwks=jwks, metrics_open=settings.metrics_open)
+
+    def _agent(self, connect_timeout: float) -> Agent:
+        """Who connects to servers within this time; there is one for each such time."""
+        agent = self._agents.get(connect_timeout)
         if agent is None:
-            agent = self._agents[own.connect_timeout] = Agent(self._reactor, own.connect_timeout)
+            agent = self._agents[connect_timeout] = Agent(self._reactor, connect_timeout)
+        return agent
+
+    def _make_backend(self, own: BackendSettings) -> Backend:
         return HTTPBackend(
             own.name,
             own.url,
-            BackendClient(agent),
+            BackendClient(self._agent(own.connect_timeout)),
             self._reactor,
             Timeouts(own.first_byte_timeout, own.idle_timeout, own.total_timeout),
             kind=None if own.kind == "auto" else own.kind,
             api_key=own.api_key,
             own_key=own.api_key is not None or not self._settings.forward_authorization,
             stream_usage=own.stream_usage,
+            messages=own.messages,
             max_answer=self._settings.max_answer,
         )
 
@@ -187,11 +278,15 @@ class Gateway(Service):
             self.dispatcher,
             reactor.seconds,
             RetryBudget(settings.retry_budget),
+            self.limiting,
             forward_authorization=settings.forward_authorization,
             queue_timeout=settings.queue_timeout,
             max_attempts=settings.max_attempts,
             heartbeat=heartbeat if interval else no_heartbeat,
             hedge=Hedge(reactor) if settings.hedge else None,
+            strict=settings.validation == "strict",
+            windows=Windows(self.pool, {one.name: one for one in self.backends}) if settings.count_tokens else None,
+            models=settings.models,
         )
 
     def status(self) -> Status:
@@ -202,6 +297,7 @@ class Gateway(Service):
             self.server.refused_connections,
             self.app.draining,
             self.pool.snapshot(),
+            self.limiting.state(),
         )
 
     # --- start
@@ -216,6 +312,9 @@ class Gateway(Service):
         self._port = self._reactor.adoptStreamPort(self._listening.fileno(), self._listening.family, self.server)
         self._listening.close()
         self.pool.startService()
+        for watching in self._watching:
+            watching.startService()
+        self.limiter.start()
         gc.collect()
         gc.freeze()  # what is there now stays: the collector need not look at it again and again
         self._reactor.callWhenRunning(self._is_running)
@@ -223,6 +322,8 @@ class Gateway(Service):
     def _is_running(self) -> None:
         """Said last: who reads it may send requests, and signals."""
         self._install_signals()
+        if not self._asks:
+            _log.warn("nobody is asked for a key: whoever reaches {host} may use all of it", host=self._settings.host)
         address: Any = self._port.getHost()  # type: ignore[union-attr]  # it listens
         host = f"[{address.host}]" if ":" in address.host else address.host
         _log.info(
@@ -285,7 +386,11 @@ class Gateway(Service):
         await self._first_of(FLUSH_SECONDS, drained)
         self.server.abort()
         self.pool.stopService()
+        for watching in self._watching:
+            watching.stopService()
         self.dispatcher.close()
+        await self._first_of(FLUSH_SECONDS, self.limiter.settled())
+        self.limiter.stop()
         for agent in self._agents.values():
             agent.close()
         super().stopService()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core import sse
-from gateway.core.assembly import Assembler, Broken, StreamError
+from gateway.core.assembly import Assembler, Broken, ResponseAssembler, StreamError
 
 HEAD = {"id": "c1", "created": 5, "model": "m", "object": "chat.completion.chunk", "system_fingerprint": "b1"}
 
@@ -133,3 +133,54 @@ def test_any_json_in_a_stream_gives_an_answer_or_one_of_two_errors(value: Any) -
         event = sse.encode(json.dumps(data).encode())
         with contextlib.suppress(Broken, StreamError):
             assembled(event, event, DONE)
+
+
+def test_a_plain_completion_is_put_together_too() -> None:
+    assembler = Assembler(10_000, "text_completion")
+    for text, finish_reason in (("a", None), (" b", None), ("", "stop")):
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
+        assembler.feed(sse.encode(json.dumps({"id": "c", "choices": [choice]}).encode()))
+    assembler.feed(sse.encode(b"null"))
+    assembler.feed(DONE)
+    assert json.loads(assembler.answer()) == {
+        "choices": [{"index": 0, "text": "a b", "logprobs": None, "finish_reason": "stop"}],
+        "id": "c",
+        "object": "text_completion",
+    }
+
+
+def typed(type: str, **fields: Any) -> bytes:
+    return f"event: {type}\n".encode() + sse.encode(json.dumps({"type": type, **fields}).encode())
+
+
+@pytest.mark.parametrize("status", ["completed", "incomplete", "failed"])
+def test_a_response_is_that_of_its_last_event_in_its_own_bytes(status: str) -> None:
+    assembler = ResponseAssembler(10_000)
+    assembler.feed(typed("response.created", response={"status": "in_progress"}))
+    with pytest.raises(Broken):
+        assembler.answer()
+    whole = typed(f"response.{status}", response={"status": status, "output": []})
+    for at in range(len(whole)):
+        assembler.feed(whole[at : at + 1])
+    assert json.loads(assembler.answer()) == {"status": status, "output": []}
+
+
+@pytest.mark.parametrize(
+    ("event", "status"),
+    [
+        (typed("error", code=429, message="no"), 429),
+        (typed("error", code="server_error", message="no"), 500),
+        (sse.encode(b'{"error": {"code": 503, "message": "no"}}'), 503),
+    ],
+)
+def test_an_error_in_a_response_is_raised(event: bytes, status: int) -> None:
+    with pytest.raises(StreamError) as caught:
+        ResponseAssembler(10_000).feed(event)
+    assert caught.value.status == status
+    assert json.loads(caught.value.body)["error"]["message"] == "no"
+
+
+@pytest.mark.parametrize("data", [b"data: 5\n\n", b"data: {\n\n", b"data: " + b"x" * 200])
+def test_a_response_that_is_none_is_broken(data: bytes) -> None:
+    with pytest.raises((Broken, sse.TooLong)):
+        ResponseAssembler(100).feed(data)

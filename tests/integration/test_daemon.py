@@ -158,7 +158,7 @@ def test_it_may_open_as_many_files_as_it_may_have_connections(tmp_path: Path) ->
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0", "::1", "::"])
 def test_it_listens_where_it_is_told(tmp_path: Path, host: str) -> None:
-    with Running(tmp_path, "--host", host) as gateway:
+    with Running(tmp_path, "--host", host, "--insecure-open") as gateway:
         reached = {"::1": ["::1"], "::": ["::1", "127.0.0.1"]}.get(host, ["127.0.0.1"])
         for address in reached:
             with socket.create_connection((address, gateway.port), timeout=PATIENCE) as client:

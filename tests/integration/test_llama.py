@@ -151,3 +151,16 @@ def test_a_killed_server_is_told_and_a_new_one_is_found(tiny_model: Path, tmp_pa
         with llama_process(tmp_path, tiny_model, port=port):
             wait_for(lambda: gateway.get("/readyz")[0] == 200)
             assert gateway.post(HELLO)[0] == 200
+
+
+def test_a_prompt_without_room_is_refused_by_the_servers_own_count(llama: str, tmp_path: Path) -> None:
+    """Its window has 4096 tokens, and each of these letters is one."""
+    with Running(tmp_path, "--count-tokens", "true", BACKEND_URL=llama) as gateway:
+        wait_for(lambda: gateway.get("/readyz")[0] == 200)
+        for letters, refused in ((4000, False), (4200, True), (5000, True)):
+            body = {**HELLO, "model": "tiny", "max_tokens": 1, "messages": [{"role": "user", "content": "xq" * (letters // 2)}]}
+            status, answer = gateway.post(body)
+            assert (status == 400) == refused, (letters, answer)
+            if refused:
+                assert answer["error"]["code"] == "context_length_exceeded"
+        assert gateway.post({**HELLO, "model": "tiny", "messages": [{"role": "user", "content": "hello " * 1000}]})[0] == 200

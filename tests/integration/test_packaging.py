@@ -50,6 +50,7 @@ def test_a_new_environment_has_the_plugin(tmp_path: Path, wheel: Path, how: str)
     python = new_environment(tmp_path)
     run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *what, cwd=tmp_path)
     assert "inference-gateway" in run(tmp_path / "venv/bin/twistd", "--help", cwd=tmp_path)
+    assert "keys" in run(tmp_path / "venv/bin/inference-gateway", "--help", cwd=tmp_path)
     assert "--backend-url=" in run(tmp_path / "venv/bin/twistd", "inference-gateway", "--help", cwd=tmp_path)
 
 

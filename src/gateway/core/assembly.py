@@ -1,4 +1,4 @@
-"""A chat completion put together from its stream.
+"""A completion or a response put together from its stream.
 
 llama-server ends a generation at once when a *stream's* connection closes, but may run a
 non-streamed one to its end. So a client's plain request goes to it as a stream, and the whole
@@ -31,10 +31,11 @@ class StreamError(ValueError):
 class Assembler:
     """Feed it the stream's bytes, then ask for the `answer`.
 
-    ``limit`` bounds the bytes taken in, in total. Raises `Broken` and `StreamError`.
+    ``limit`` bounds the bytes taken in, in total; ``object`` is what the answer is called. Raises `Broken` and `StreamError`.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, object: str = "chat.completion") -> None:
+        self._object = object
         self._decoder = sse.Decoder(limit)
         self._left = limit
         self._answer: dict[str, Any] = {}
@@ -48,15 +49,15 @@ class Assembler:
         for event in self._decoder.feed(data):
             if event.data == sse.DONE:
                 self._done = True
-            elif event.data is not None:
+            elif event.data is not None and event.data != b"null":  # llama-server's, of several prompts
                 self._chunk(event.data)
 
     def answer(self) -> bytes:
-        """The ``chat.completion`` as JSON, once the stream has ended."""
+        """The completion as JSON, once the stream has ended."""
         if not self._done:
             raise Broken("the stream ended before [DONE]")
         choices = [self._choices[index] for index in sorted(self._choices)]
-        return msgspec.json.encode({"choices": choices, **self._answer, "object": "chat.completion"})
+        return msgspec.json.encode({"choices": choices, **self._answer, "object": self._object})
 
     def _chunk(self, data: bytes) -> None:
         try:
@@ -75,8 +76,11 @@ class Assembler:
     def _choice(self, part: dict[str, Any]) -> None:
         index = part["index"]
         if index not in self._choices:
-            message = {"role": "assistant", "content": None}
-            self._choices[index] = {"finish_reason": None, "index": index, "message": message}
+            self._choices[index] = {"finish_reason": None, "index": index}
+            if self._object == "chat.completion":
+                self._choices[index]["message"] = {"role": "assistant", "content": None}
+            else:
+                self._choices[index]["logprobs"] = None
         choice = self._choices[index]
         for name, value in part.items():
             if name == "delta":
@@ -112,6 +116,48 @@ def _merged(known: list[Any], items: list[Any]) -> list[Any]:
         else:
             known.append(item)
     return known
+
+
+class _Event(msgspec.Struct):
+    type: str = ""
+    response: msgspec.Raw = msgspec.Raw()
+    error: Any = None
+    code: Any = None
+
+
+class ResponseAssembler:
+    """The same of a response's stream, whose last event has the whole response."""
+
+    def __init__(self, limit: int) -> None:
+        self._decoder = sse.Decoder(limit)
+        self._left = limit
+        self._answer: bytes | None = None
+
+    def feed(self, data: bytes) -> None:
+        self._left -= len(data)
+        if self._left < 0:
+            raise Broken("the answer is too large")
+        for event in self._decoder.feed(data):
+            if event.data is not None and event.data != sse.DONE:
+                self._event(event.data)
+
+    def _event(self, data: bytes) -> None:
+        try:
+            event = msgspec.json.decode(data, type=_Event)
+        except UNDECODABLE as error:
+            raise Broken(f"an event is not what it should be: {error}") from None
+        if event.error is not None:
+            raise _stream_error(data, event.error)
+        if event.type == "error":
+            raise _stream_error(msgspec.json.encode({"error": msgspec.json.decode(data)}), {"code": event.code})
+        if event.response and event.type in ("response.completed", "response.incomplete", "response.failed"):
+            self._answer = bytes(event.response)
+
+    def answer(self) -> bytes:
+        """The ``response`` as JSON, once the stream has ended."""
+        if self._answer is None:
+            raise Broken("the stream ended before the response was completed")
+        return self._answer
 
 
 def _stream_error(data: bytes, error: object) -> StreamError:

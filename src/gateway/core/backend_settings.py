@@ -39,6 +39,12 @@ KEYS: Final = (
     Key("cost_factor", readers.number(0.001, 1000), "`1`", "what a second of it costs, compared with the other backends"),
     Key("api_key_env", readers.variable, "`GATEWAY_BACKEND_API_KEY`", "NAME of the variable with the key sent to it"),
     Key("stream_usage", readers.switch, "`GATEWAY_STREAM_USAGE`", "ask it for the token counts of every stream"),
+    Key(
+        "messages",
+        readers.choice("auto", "native", "translate"),
+        "`auto`",
+        "how it gets Anthropic's messages (docs/anthropic.md)",
+    ),
     Key("connect_timeout", readers.seconds(0.01), "`GATEWAY_CONNECT_TIMEOUT`", "longest wait for a connection to it"),
     Key("first_byte_timeout", readers.seconds(0.01), "`GATEWAY_FIRST_BYTE_TIMEOUT`", "longest wait for its first byte"),
     Key("idle_timeout", readers.seconds(0.01), "`GATEWAY_IDLE_TIMEOUT`", "longest silence within its answer"),
@@ -80,6 +86,7 @@ class BackendSettings:
     cost_factor: float = 1.0
     api_key: str | None = dataclasses.field(default=None, repr=False)
     stream_usage: bool = True
+    messages: Literal["auto", "native", "translate"] = "auto"
     connect_timeout: float = 5.0
     first_byte_timeout: float = 60.0
     idle_timeout: float = 60.0

@@ -33,13 +33,21 @@ CODES: Final[dict[str, Code]] = {
     "missing_required_parameter": Code(400, "invalid_request_error", "caller"),
     "invalid_type": Code(400, "invalid_request_error", "caller"),
     "invalid_value": Code(400, "invalid_request_error", "caller"),
+    "unknown_parameter": Code(400, "invalid_request_error", "caller"),
+    "context_length_exceeded": Code(400, "invalid_request_error", "caller"),
     "bad_http": Code(400, "invalid_request_error", "caller"),
+    "missing_api_key": Code(401, "invalid_request_error", "caller"),
+    "invalid_api_key": Code(401, "invalid_request_error", "caller"),
+    "model_not_allowed": Code(403, "permission_error", "policy"),
+    "admin_required": Code(403, "permission_error", "policy"),
     "model_not_found": Code(404, "invalid_request_error", "caller"),
     "unknown_url": Code(404, "invalid_request_error", "caller"),
     "method_not_allowed": Code(405, "invalid_request_error", "caller"),
     "request_timeout": Code(408, "invalid_request_error", "caller"),
     "request_too_large": Code(413, "invalid_request_error", "caller"),
     "unsupported_media_type": Code(415, "invalid_request_error", "caller"),
+    "rate_limit_exceeded": Code(429, "rate_limit_error", "policy"),
+    "insufficient_quota": Code(429, "insufficient_quota", "policy"),
     "queue_full": Code(429, "rate_limit_error", "gateway"),
     "headers_too_large": Code(431, "invalid_request_error", "caller"),
     "rejected_by_backend": Code(400, "invalid_request_error", "caller"),
@@ -51,6 +59,8 @@ CODES: Final[dict[str, Code]] = {
     "no_backend": Code(503, "service_unavailable_error", "gateway"),
     "queue_timeout": Code(503, "service_unavailable_error", "gateway"),
     "draining": Code(503, "service_unavailable_error", "gateway"),
+    "no_signing_keys": Code(503, "service_unavailable_error", "gateway"),
+    "limits_unavailable": Code(503, "service_unavailable_error", "gateway"),
     "connect_timeout": Code(504, "server_error", "backend"),
     "first_byte_timeout": Code(504, "server_error", "backend"),
     "idle_timeout": Code(504, "server_error", "backend"),
@@ -64,7 +74,8 @@ class GatewayError(Exception):
     """A request ends here, for a reason that has a name.
 
     ``code`` is a key of `CODES`; ``param`` the path of the field at fault (``messages[0].role``);
-    ``retry_after`` seconds until a retry makes sense; ``allow`` the methods a 405 names.
+    ``retry_after`` seconds until a retry makes sense, and ``should_retry`` what the status alone does not tell of that;
+    ``allow`` the methods a 405 names; ``detail`` is for the log alone.
     """
 
     def __init__(
@@ -74,7 +85,9 @@ class GatewayError(Exception):
         *,
         param: str | None = None,
         retry_after: float | None = None,
+        should_retry: bool | None = None,
         allow: tuple[str, ...] = (),
+        detail: str = "",
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -82,7 +95,9 @@ class GatewayError(Exception):
         self.message = message
         self.param = param
         self.retry_after = retry_after
+        self.should_retry = should_retry
         self.allow = allow
+        self.detail = detail
 
     @property
     def told(self) -> str:
@@ -95,13 +110,17 @@ class GatewayError(Exception):
         return msgspec.json.encode({"error": error})
 
     def headers(self) -> list[tuple[str, str]]:
-        """The headers that go with the status (RFC 9110 sections 10.2.1 and 10.2.3)."""
+        """The headers that go with the status (RFC 9110 sections 10.2.1, 10.2.3 and 11.6.1)."""
         found = [("Allow", ", ".join(self.allow))] if self.allow else []
+        if self.status == 401:
+            found.append(("WWW-Authenticate", "Bearer"))
         if self.retry_after is not None:
             wait = min(max(self.retry_after, 0.0), MAX_RETRY_AFTER)
             found.append(("Retry-After", str(math.ceil(wait))))
-            if wait < 1.0:
-                found.append(("Retry-After-Ms", str(math.ceil(wait * 1000))))
+            if wait < 1.0 or self.fault == "policy":  # a limit's wait is known to the millisecond
+                found.append(("Retry-After-Ms", str(math.ceil(round(wait * 1000, 6)))))
+        if self.should_retry is not None:
+            found.append(("X-Should-Retry", "true" if self.should_retry else "false"))
         return found
 
 
@@ -119,8 +138,7 @@ class BackendFailed(GatewayError):
     """
 
     def __init__(self, code: str, message: str, *, detail: str = "", said: str = "", retry_after: float | None = None) -> None:
-        super().__init__(code, message, retry_after=retry_after)
-        self.detail = detail
+        super().__init__(code, message, retry_after=retry_after, detail=detail)
         self.said = said
 
     @property

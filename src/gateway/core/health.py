@@ -14,7 +14,8 @@ from .backend_settings import BackendSettings
 from .breaker import Breaker
 from .concurrency import ConcurrencyLimit
 from .load import fresh
-from .reports import Report
+from .ranges import Window
+from .reports import Report, window_of
 from .status import BackendState, Offer, State
 
 SLOT_KINDS: Final = frozenset(["llamacpp", "vllm", "sglang", "tgi"])
@@ -203,6 +204,16 @@ class Health:
         aliases = [alias for entry in self.report.models or () if entry["id"] in models for alias in _aliases(entry)]
         return models.union(aliases) if aliases else models
 
+    def windows(self) -> dict[str, Window]:
+        """The window of each model that it tells one of, by all its names."""
+        found: dict[str, Window] = {}
+        for entry in self.report.models or ():
+            tokens = window_of(entry) or self.report.context
+            if tokens is not None:
+                window = Window(tokens, whole=self.report.kind in ("vllm", "sglang"))
+                found |= dict.fromkeys([entry["id"], *_aliases(entry)], window)
+        return found
+
     @property
     def warming(self) -> bool:
         return self._probed[0] == "warming" and not self.draining
@@ -257,7 +268,7 @@ def _keeping(before: Report, report: Report) -> Report:
         report = report._replace(load=before.load)
     if report.state == "healthy":
         return report
-    kept = report._replace(slots=before.slots, kv_tokens=before.kv_tokens, started=before.started)
+    kept = report._replace(slots=before.slots, kv_tokens=before.kv_tokens, started=before.started, context=before.context)
     return kept if report.models is not None else kept._replace(models=before.models)
 
 
@@ -275,6 +286,19 @@ def _aliases(entry: dict[str, Any]) -> list[str]:
 
 def _ids(report: Report) -> list[str]:
     return [entry["id"] for entry in report.models or ()]
+
+
+def windows(backends: Sequence[Health]) -> dict[str, Window]:
+    """The widest window of each model, if all backends that may have it tell theirs. Of several, one that ends answers where
+    the window ends makes sure that no answer is too long."""
+    told = [one.windows() for one in backends]
+    found: dict[str, Window] = {}
+    for model in {model for windows in told for model in windows}:
+        having = [own.get(model) for one, own in zip(backends, told, strict=True) if one.takes is None or model in one.takes]
+        known = [window for window in having if window is not None]
+        if known and len(known) == len(having):
+            found[model] = Window(max(one.tokens for one in known), whole=all(one.whole for one in known))
+    return found
 
 
 def offers(backends: Sequence[Health], now: float, *, panic: bool) -> list[Offer]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 MAX_TEXT: Final = 4096
 MAX_NAMES: Final = 1000
@@ -72,11 +73,11 @@ def number(low: float, high: float) -> Reader:
 
 
 def seconds(low: float, high: float = 86400.0) -> Reader:
-    """Seconds, or a number with ms, s, m or h."""
-    expected = f"a duration from {low:g} s to {high:g} s, such as 30, 500ms or 2m"
+    """Seconds, or a number with ms, s, m, h or d."""
+    expected = f"a duration from {low:g} s to {high:.15g} s, such as 30, 500ms or 2m"
 
     def read(value: Any) -> float:
-        found = _quantity(value, {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600}, expected)
+        found = _quantity(value, {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}, expected)
         if not low <= found <= high:
             raise ValueError(expected)
         return found
@@ -154,6 +155,40 @@ def backend_urls(value: Any) -> tuple[str, ...]:
     if len(set(urls)) < len(urls):
         raise ValueError("a list of URLs of which each stands there once")
     return urls
+
+
+@dataclass(frozen=True)
+class RedisServer:
+    """Where a Redis or Valkey server is, and what it wants to hear."""
+
+    tls: bool
+    host: str
+    port: int
+    username: str | None
+    password: str | None = field(repr=False)
+    database: int
+
+    @property
+    def where(self) -> str:
+        """For people: without the password."""
+        return f"{self.host}:{self.port}"
+
+
+def redis_url(value: Any) -> RedisServer:
+    """``redis://[[user]:password@]host[:port][/database]``, or ``rediss`` for TLS."""
+    expected = "a URL such as redis://:password@127.0.0.1:6379/0, or rediss:// for TLS"
+    url = text(value)
+    try:
+        parts = urlsplit(url)
+        port, database = parts.port, parts.path.strip("/")
+        found = host(parts.hostname or "")
+    except ValueError:
+        raise ValueError(expected) from None
+    whole = parts.scheme in ("redis", "rediss") and re.fullmatch(r"[0-9]{0,4}", database) and port != 0
+    if not whole or parts.query or parts.fragment:
+        raise ValueError(expected)
+    user, password = unquote(parts.username or ""), unquote(parts.password or "")
+    return RedisServer(parts.scheme == "rediss", found, port or 6379, user or None, password or None, int(database or 0))
 
 
 def name(value: Any) -> str:

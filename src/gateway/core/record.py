@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import msgspec
 
-from .errors import BackendFailed, Fault, GatewayError
+from .error_forms import OPENAI, ErrorForm
+from .errors import Fault, GatewayError
+from .principal import ANYBODY, Principal
 from .tickets import Ticket
 from .usage import Usage
 
 
 class Record(msgspec.Struct, eq=False):
     """One request. Times are seconds on the monotonic clock; ``queued`` are those it waited for its last backend, ``decision``
-    says why it got that one, ``retries`` the codes of the attempts that failed before."""
+    says why it got that one, ``retries`` the codes of the attempts that failed before; ``error_form`` is how its client is told
+    of errors; ``served_model``, if there are settings for ``model``, is what a backend was asked for."""
 
     request_id: str
     method: str
     route: str
     started: float
     client: str = ""
+    principal: Principal = ANYBODY
     model: str = ""
+    served_model: str = ""
     stream: bool = False
     backend: str = ""
     decision: str = ""
@@ -36,6 +41,17 @@ class Record(msgspec.Struct, eq=False):
     first_token: float | None = None
     last_token: float | None = None
     ended: float = 0.0
+    error_form: ErrorForm = OPENAI
+
+    @property
+    def tenant(self) -> str:
+        """Whose request it is; empty while nobody is asked."""
+        return self.principal.tenant
+
+    @property
+    def key(self) -> str:
+        """The id of the key or token that it came with, which is no secret."""
+        return self.principal.id
 
     @property
     def duration(self) -> float:
@@ -49,7 +65,7 @@ class Record(msgspec.Struct, eq=False):
         self.queued = ticket.granted_at - ticket.arrived
         self.predicted_cached_tokens = ticket.cached_tokens
 
-    def retried(self, failure: BackendFailed) -> None:
+    def retried(self, failure: GatewayError) -> None:
         """An attempt failed, and another follows."""
         self.retries = [*self.retries, failure.code]
 
@@ -59,4 +75,4 @@ class Record(msgspec.Struct, eq=False):
         self.code = error.code
         self.fault = error.fault
         self.message = error.message
-        self.detail = error.detail if isinstance(error, BackendFailed) else ""
+        self.detail = error.detail

@@ -25,7 +25,8 @@ MAX_MODELS: Final = 1000
 class Report(NamedTuple):
     """A look at a backend that answered. ``models``: the entries of its list, None if it does not tell; ``slots``,
     ``kv_tokens``, ``load``: None if it does not tell; ``started``: when its process began, in Unix seconds;
-    ``retry_after``: seconds, with ``rate_limited``; ``key_refused``: it wants another API key."""
+    ``retry_after``: seconds, with ``rate_limited``; ``key_refused``: it wants another API key; ``context``: tokens of one
+    slot's window, where the entries of its models do not tell."""
 
     kind: Kind
     state: Literal["healthy", "warming", "config_error", "rate_limited"] = "healthy"
@@ -37,6 +38,7 @@ class Report(NamedTuple):
     started: float | None = None
     retry_after: float = 0.0
     key_refused: bool = False
+    context: int | None = None
 
 
 class Facts(NamedTuple):
@@ -49,6 +51,7 @@ class Facts(NamedTuple):
     kv_usage: float | None = None
     started: float | None = None
     model: str | None = None
+    context: int | None = None
 
 
 Parse = Callable[[bytes], Facts | None]
@@ -105,7 +108,7 @@ def llamacpp_props(body: bytes) -> Facts | None:
         return None
     settings = found.get("default_generation_settings")
     context = _positive(settings.get("n_ctx")) if isinstance(settings, dict) else None
-    return Facts(slots, slots * context if context else None)
+    return Facts(slots, slots * context if context else None, context=context)
 
 
 def llamacpp_slots(body: bytes) -> Facts | None:
@@ -225,6 +228,11 @@ def tgi_metrics(body: bytes) -> Facts | None:
 def ollama_version(body: bytes) -> Facts | None:
     """``/api/version``: that it answers is all there is to it."""
     return Facts() if isinstance(_object(body).get("version"), str) else None
+
+
+def window_of(entry: dict[str, Any]) -> int | None:
+    """The tokens of a model's window, as its entry in vLLM's and SGLang's list has them."""
+    return _positive(entry.get("max_model_len"))
 
 
 # --- kinds

@@ -11,16 +11,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from . import backend_settings
+from . import auth_settings, backend_settings, model_settings, prices
 from .backend_settings import KINDS, BackendSettings, Table
+from .model_settings import Models, ModelSettings
+from .prices import Prices
 from .readers import (
     Reader,
+    RedisServer,
     SettingsError,
     backend_urls,
     choice,
     host,
     key,
     number,
+    redis_url,
     seconds,
     shown,
     size,
@@ -126,7 +130,7 @@ class Settings:
         "auto",
         "GATEWAY_ADMIN",
         choice("auto", "on", "off"),
-        "the routes under /admin, which ask nobody for a key; auto: only if the address to listen on is loopback",
+        "the routes under /admin; auto: only where a key with admin is asked for, or the address to listen on is loopback",
     )
     queue_comments: float = _row(
         "0s",
@@ -180,6 +184,96 @@ class Settings:
         switch,
         "find out by the time to the first token how many requests a backend takes that does not tell (Ollama, say)",
     )
+    keys: str | None = _row(
+        "", "GATEWAY_KEYS", text, "file with the API keys that are let in; `inference-gateway keys add` makes it"
+    )
+    jwt_key: str | None = _row(
+        "",
+        "GATEWAY_JWT_KEY",
+        auth_settings.secret,
+        "let in who has a JWT that is signed with this secret (HS256); the three JWT settings of this kind exclude each other",
+        secret=True,
+    )
+    jwt_key_file: str | None = _row(
+        "", "GATEWAY_JWT_KEY_FILE", text, "or with the public key in this file: PEM, or a JWK set (RS256, ES256, EdDSA)"
+    )
+    jwt_jwks_url: str | None = _row(
+        "", "GATEWAY_JWT_JWKS_URL", auth_settings.jwks_url, "or with one of the public keys in the JWK set under this URL"
+    )
+    jwt_issuer: str | None = _row("", "GATEWAY_JWT_ISSUER", text, "what a JWT's iss must be")
+    jwt_audience: str | None = _row(
+        "", "GATEWAY_JWT_AUDIENCE", text, "what a JWT's aud must be, or hold; without it a JWT that has an aud is refused"
+    )
+    jwt_leeway: float = _row(
+        "30s", "GATEWAY_JWT_LEEWAY", seconds(0, 600), "by how much clocks may differ at a JWT's exp and nbf"
+    )
+    jwt_algorithms: tuple[str, ...] = _row(
+        "RS256,ES256,EdDSA,HS256",
+        "GATEWAY_JWT_ALGORITHMS",
+        auth_settings.algorithms,
+        "algorithms that a JWT may be signed with",
+    )
+    jwt_claims: tuple[tuple[str, str], ...] = _row(
+        "tenant=tenant,models=models",
+        "GATEWAY_JWT_CLAIMS",
+        auth_settings.claims,
+        "which claim of a JWT tells what: "
+        + ", ".join(auth_settings.PARTS)
+        + "; one not named goes by its own name, but for admin",
+    )
+    metrics_open: bool = _row(
+        "false",
+        "GATEWAY_METRICS_OPEN",
+        switch,
+        "where keys are asked for, let everybody see /metrics, not only keys with admin",
+    )
+    insecure_open: bool = _row(
+        "false",
+        "GATEWAY_INSECURE_OPEN",
+        switch,
+        "listen on an address other than loopback although nobody is asked for a key",
+    )
+    validation: Literal["lenient", "strict"] = _row(
+        "lenient",
+        "GATEWAY_VALIDATION",
+        choice("lenient", "strict"),
+        "fields of a request that OpenAI's API does not have: passed on to the backend, or refused",
+    )
+    count_tokens: bool = _row(
+        "false",
+        "GATEWAY_COUNT_TOKENS",
+        switch,
+        "refuse what a model's window has no room for before it waits for a backend; where the bytes alone leave a doubt, a "
+        "backend (llama.cpp, vLLM) counts the tokens",
+    )
+    limit_requests: int | None = _row(
+        "",
+        "GATEWAY_LIMIT_REQUESTS",
+        whole_number(1, 10**9),
+        "requests per minute of each key that has no limits of its own; without keys, of each client address",
+    )
+    limit_tokens: int | None = _row(
+        "", "GATEWAY_LIMIT_TOKENS", whole_number(1, 10**10), "tokens per minute, prompt and answer, of the same"
+    )
+    limit_concurrency: int | None = _row(
+        "", "GATEWAY_LIMIT_CONCURRENCY", whole_number(1, 10**6), "requests at the same time, of the same"
+    )
+    redis_url: RedisServer | None = _row(  # noqa: RUF009 - frozen, as the rest
+        "",
+        "GATEWAY_REDIS_URL",
+        redis_url,
+        "Redis or Valkey that counts the limits of several gateways together: redis://:password@host:6379/0, rediss:// for TLS",
+        secret=True,
+    )
+    redis_timeout: float = _row(
+        "250ms", "GATEWAY_REDIS_TIMEOUT", seconds(0.01, 10), "longest wait of a request for Redis, which then counts as away"
+    )
+    limits_fail: Literal["open", "closed"] = _row(
+        "open",
+        "GATEWAY_LIMITS_FAIL",
+        choice("open", "closed"),
+        "while Redis is away: open, each gateway counts by itself; closed, requests that have limits are refused",
+    )
     grace: float = _row("30s", "GATEWAY_GRACE", seconds(0), "time that requests in flight get to finish when the gateway stops")
     log_format: Literal["text", "json"] = _row(
         "text", "GATEWAY_LOG_FORMAT", choice("text", "json"), "log lines for people, or JSON"
@@ -188,6 +282,10 @@ class Settings:
     log_files: int = _row("10", "GATEWAY_LOG_FILES", whole_number(1, 1000), "how many rotated log files are kept")
     backends: tuple[BackendSettings, ...] = ()
     """What `resolve` makes of the URLs or of the file's tables; empty: requests are echoed."""
+    models: Models = dataclasses.field(default_factory=dict)
+    """The tables ``[models.NAME]`` of the file, by name."""
+    prices: Prices = dataclasses.field(default_factory=dict)
+    """By model, from the file's tables."""
 
 
 TABLE: Final[tuple[Setting, ...]] = tuple(
@@ -218,19 +316,28 @@ class Source(NamedTuple):
     values: Mapping[str, Any]
 
 
-def resolve(sources: Sequence[Source]) -> Settings:
-    """The settings from these sources, of which a later one wins. Raises `SettingsError`.
+def resolve(sources: Sequence[Source], *, partial: bool = False) -> Settings:
+    """The settings from these sources, of which a later one wins. Raises `SettingsError`. ``partial``: there will be more
+    sources, so that what does not go together yet is no problem.
 
     Names that nobody knows are an error in a file; in the environment they are somebody else's. (Kubernetes
     sets GATEWAY_PORT and the like beside a service called gateway.)
     """
     found: dict[str, Any] = {}
     backends: list[Table] = []
+    models: dict[str, ModelSettings] = {}
+    where = ""
     for source in sources:
         for name, value in source.values.items():
+            if source.style == "file" and name == "prices":
+                found["prices"] = prices.read_prices(source.where, value)
+                continue
             if source.style == "file" and name == "backends":
                 backends = _tables(source)
                 found.pop("backend_url", None)
+                continue
+            if source.style == "file" and name == "models":
+                models, where = model_settings.read_tables(source.where, value), source.where
                 continue
             row = _row_of(source, name)
             if row is not None and value is not None and value != "":
@@ -238,7 +345,19 @@ def resolve(sources: Sequence[Source]) -> Settings:
                 if row.name == "backend_url":
                     backends = _listed(source, name, found[row.name])
     settings = Settings(**found)
-    return dataclasses.replace(settings, backends=backend_settings.made(backends, _of_each(settings), _variables(sources)))
+    problem = auth_settings.problem(settings)
+    if problem is not None and not partial:
+        raise SettingsError(problem)
+    made = backend_settings.made(backends, _of_each(settings), _variables(sources))
+    model_settings.check_known(where, models, _served(made))
+    return dataclasses.replace(settings, backends=made, models=models)
+
+
+def _served(backends: Sequence[BackendSettings]) -> frozenset[str] | None:
+    """The models that all backends together have been given, if each has."""
+    if not backends or not all(one.models for one in backends):
+        return None
+    return frozenset(name for one in backends for name in one.models)
 
 
 def _tables(source: Source) -> list[Table]:
@@ -279,7 +398,7 @@ def _row_of(source: Source, name: str) -> Setting | None:
         return _BY_ENV.get(name)
     row = _BY_NAME.get(name)
     if row is None or not row.in_file:
-        known = ", ".join([*(row.name for row in TABLE if row.in_file), "[[backends]]"])
+        known = ", ".join([*(row.name for row in TABLE if row.in_file), "[[backends]]", "[models.NAME]", "[prices]"])
         raise SettingsError(f"{source.where}: unknown setting '{name}'; known are {known}")
     return row
 
@@ -302,6 +421,11 @@ def _label(source: Source, name: str) -> str:
 def option_rows() -> list[tuple[str, str]]:
     """(option without dashes, help) of each setting that may stand on a command line; a secret may not."""
     return [(row.option, f"{row.help} [{_hint(row)}]") for row in TABLE if not row.secret]
+
+
+def switches() -> list[str]:
+    """The options that are true or false."""
+    return [row.option for row in TABLE if row.read is switch]
 
 
 def _hint(row: Setting) -> str:
@@ -340,3 +464,5 @@ def _markdown_lines() -> Iterator[str]:
         default = f"`{row.default}`" if row.default else ""
         yield f"| `{row.env}` | {name} | {option} | {default} | {row.help} |\n"
     yield from backend_settings.markdown_lines()
+    yield from model_settings.markdown_lines()
+    yield from prices.markdown_lines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple
 
 from .load import Load
@@ -53,6 +54,22 @@ class Offer(NamedTuple):
     restarts: int
 
 
+class LimitsState(NamedTuple):
+    """How limits are counted. ``keys``: accounts in memory; ``limited``: requests refused by each limit; ``redis``: whether it
+    can be asked, None without one; ``without_redis``: what was decided while it could not; ``unsettled``: what it has yet to be
+    told, and ``lost`` what it never will be."""
+
+    keys: int
+    limited: Mapping[str, int]
+    redis: bool | None = None
+    without_redis: Mapping[str, int] = {}
+    unsettled: int = 0
+    lost: int = 0
+
+
+NOTHING_COUNTED: Final = LimitsState(0, {})
+
+
 class Status(NamedTuple):
     """The whole gateway. ``scheduling``: the queue and what the backends hold; ``refused_connections``: those closed at once
     since the start, as there were too many."""
@@ -62,6 +79,7 @@ class Status(NamedTuple):
     refused_connections: int
     draining: bool
     backends: list[BackendState]
+    limits: LimitsState = NOTHING_COUNTED
 
     @property
     def ready(self) -> bool:

@@ -24,9 +24,14 @@ class _Details(msgspec.Struct):
 
 
 class _Usage(msgspec.Struct):
+    """Of completions by their names, of responses by theirs."""
+
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    input_tokens_details: _Details | None = None
 
 
 class _Timings(msgspec.Struct):
@@ -47,6 +52,7 @@ class _Delta(msgspec.Struct):
 class _Choice(msgspec.Struct):
     delta: _Delta | None = None
     finish_reason: str | None = None
+    text: object = None
 
 
 class _Chunk(msgspec.Struct):
@@ -54,29 +60,42 @@ class _Chunk(msgspec.Struct):
     usage: _Usage | None = None
     timings: _Timings | None = None
     error: object = None
+    status: object = None
+
+
+class _Event(msgspec.Struct):
+    """One event of a response's stream."""
+
+    type: object = None
+    response: _Chunk | None = None
+    error: object = None
 
 
 _MOST: Final = 2**40
 _decode: Final = msgspec.json.Decoder(_Chunk).decode
+_decode_event: Final = msgspec.json.Decoder(_Event).decode
+_ENDS: Final = frozenset(["response.completed", "response.incomplete", "response.failed"])
 
 
 def _usage(chunk: _Chunk) -> Usage | None:
     if chunk.usage is not None:
-        details = chunk.usage.prompt_tokens_details
-        prompt, completion = chunk.usage.prompt_tokens or 0, chunk.usage.completion_tokens or 0
+        said = chunk.usage
+        details = said.prompt_tokens_details or said.input_tokens_details
+        prompt = (said.prompt_tokens if said.input_tokens is None else said.input_tokens) or 0
+        completion = (said.completion_tokens if said.output_tokens is None else said.output_tokens) or 0
         cached = (details.cached_tokens or 0) if details else 0
         if 0 <= prompt < _MOST and 0 <= completion < _MOST and 0 <= cached < _MOST:
             return Usage(prompt, completion, cached)
-        return Usage(_count(prompt), _count(completion), _count(cached))
+        return Usage(tokens(prompt), tokens(completion), tokens(cached))
     if chunk.timings is not None:
         timings = chunk.timings
-        return Usage(_count(timings.cache_n + timings.prompt_n), _count(timings.predicted_n), _count(timings.cache_n))
+        return Usage(tokens(timings.cache_n + timings.prompt_n), tokens(timings.predicted_n), tokens(timings.cache_n))
     return None
 
 
-def _count(said: int) -> int:
+def tokens(said: int | None) -> int:
     """A number of tokens that can be one, whatever the backend says: sums of them stay exact as floats."""
-    return min(max(said, 0), _MOST)
+    return min(max(said or 0, 0), _MOST)
 
 
 class UsageMeter:
@@ -128,12 +147,42 @@ class UsageMeter:
             if choice.finish_reason is not None:
                 self.finish_reason = choice.finish_reason
             delta = choice.delta
-            if delta and (delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls):
-                self._deltas += 1
-                self.last_token = now
-                if self.first_token is None:
-                    self.first_token = now
+            if delta is None:
+                if choice.text:
+                    self._token(now)
+            elif delta.content or delta.reasoning_content or delta.reasoning or delta.tool_calls:
+                self._token(now)
         return chunk.usage is not None and chunk.choices == []
+
+    def _token(self, now: float) -> None:
+        self._deltas += 1
+        self.last_token = now
+        if self.first_token is None:
+            self.first_token = now
+
+
+class ResponsesMeter(UsageMeter):
+    """The same of a response's stream: its events have types, and the last one, which is no ``[DONE]``, the whole response."""
+
+    def see(self, event: sse.Event, now: float) -> bool:
+        """Take one event into account; none is of usage alone."""
+        if event.data is None or event.data == sse.DONE:
+            return False
+        try:
+            found = _decode_event(event.data)
+        except UNDECODABLE:
+            return False
+        type = found.type
+        if type in _ENDS:
+            self.done = True
+            if found.response is not None:
+                self._reported = _usage(found.response) or self._reported
+                self.finish_reason = str(found.response.status)
+        elif isinstance(type, str) and type.endswith(".delta"):
+            self._token(now)
+        if type in ("error", "response.failed") or (type is None and found.error is not None):
+            self.failed = True
+        return False
 
 
 def of_answer(body: bytes) -> tuple[Usage, str | None]:
@@ -146,4 +195,6 @@ def of_answer(body: bytes) -> tuple[Usage, str | None]:
     finish = None
     for choice in chunk.choices or ():
         finish = finish or choice.finish_reason
+    if finish is None and isinstance(chunk.status, str):
+        finish = chunk.status  # of a response
     return _usage(chunk) or Usage(), finish

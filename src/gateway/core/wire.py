@@ -1,194 +1,66 @@
-"""OpenAI chat completions on the wire: a strict reader, builders, and which headers travel."""
+"""Requests and answers on the wire: what is changed in a body, which headers travel, lists of models."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import msgspec
 
-from . import sse
+from .asking import Request
+from .endpoints import Endpoint
 from .errors import UNDECODABLE, GatewayError
-from .usage import Usage
-
-CHAT_COMPLETIONS: Final = "/v1/chat/completions"
-
+from .message_answers import Translation
+from .schema import Asked, Schema, not_json
 
 # --- requests ---------------------------------------------------------------------------------
 
 
-NOTHING: Final = msgspec.Raw()
-
-
-class Part(msgspec.Struct):
-    """One part of a message's content; only ``text`` parts carry ``text``."""
-
-    type: str
-    text: str | None = None
-
-
-class Message(msgspec.Struct):
-    """One message of the conversation; any role is the engine's to judge."""
-
-    role: str
-    content: str | list[Part] | None = None
-    tool_calls: msgspec.Raw = NOTHING
-
-    def text(self) -> str:
-        """The text of the content; parts that are not text have none."""
-        if isinstance(self.content, list):
-            return "\n".join(part.text for part in self.content if part.text is not None)
-        return self.content or ""
-
-
-class StreamOptions(msgspec.Struct):
-    """How a stream is to be sent."""
-
-    include_usage: bool | None = None
-
-
-class ChatRequest(msgspec.Struct):
-    """What the gateway itself reads of a request; engines have more fields, which pass through."""
-
-    messages: list[Message]
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
-    n: int | None = None
-    tools: msgspec.Raw = NOTHING
-    prompt_cache_key: str | None = None
-    user: str | None = None
-
-    @property
-    def most_tokens(self) -> int | None:
-        """The longest answer that is asked for, in tokens."""
-        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
-
-    def prompt(self) -> str:
-        """The text that a prompt cache goes by: tools first, then the messages in order, each with its role.
-
-        A request that continues another begins with the other's text. Parts that are not text count by their type.
-        """
-        pieces = [bytes(self.tools).decode("utf-8")]
-        for message in self.messages:
-            content = message.content
-            pieces.append(message.role)
-            if isinstance(content, str):
-                pieces.append(content)
-            elif content is not None:
-                pieces += [part.text if part.text is not None else part.type for part in content]
-            if message.tool_calls:
-                pieces.append(bytes(message.tool_calls).decode("utf-8"))
-        return "\x1f".join(pieces)
-
-
 class Call(msgspec.Struct):
-    """One request as a backend is to see it: ``body`` is what the client sent, byte for byte."""
+    """One request as a backend is to see it: ``body`` is what the client sent, byte for byte, unless there is a ``translation``
+    for the answer too, and ``asked`` what the gateway has read of it. ``generates``: it costs the backend a generation.
+    ``native``: the same as Anthropic's API has it.
+    """
 
-    path: str
+    endpoint: Endpoint
     body: bytes
-    chat: ChatRequest
+    asked: Request
     request_id: str
     headers: list[tuple[bytes, bytes]] = []
-
-    @property
-    def stream(self) -> bool:
-        return bool(self.chat.stream)
-
-    @property
-    def include_usage(self) -> bool:
-        options = self.chat.stream_options
-        return options is not None and bool(options.include_usage)
+    translation: Translation | None = None
+    generates: bool = True
+    native: bytes | None = None
 
 
-_chat_decoder: Final = msgspec.json.Decoder(ChatRequest)
-_AT: Final = re.compile(r"(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
-_MISSING: Final = re.compile(r"Object missing required field `(?P<field>[^`]*)`")
-
-_TYPES: Final = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
-_TYPE: Final = re.compile(r"\b(?:str|int|float|bool)\b")
-
-
-def parse_chat(body: bytes) -> ChatRequest:
-    """Read a chat completion request.
-
-    Raises `GatewayError`: ``invalid_json``, or ``missing_required_parameter``, ``invalid_type``,
-    ``invalid_value`` with ``param`` as the path of the field.
-    """
-    chat = _decoded(_chat_decoder, body)
-    if not chat.messages:
-        raise GatewayError("invalid_value", "'messages' is empty: send at least one message.", param="messages")
-    return chat
-
-
-class BackendChange(msgspec.Struct, forbid_unknown_fields=True):
+class BackendChange(Asked, forbid_unknown_fields=True):
     """What an operator may change about a backend while the gateway runs."""
 
     draining: bool
 
 
-_change_decoder: Final = msgspec.json.Decoder(BackendChange)
+CHANGE: Final = Schema(BackendChange)
 
 
-def parse_change(body: bytes) -> BackendChange:
-    """Read a change to a backend. Raises `GatewayError`, as `parse_chat` does."""
-    return _decoded(_change_decoder, body)
-
-
-_Read = TypeVar("_Read")
-
-
-def _decoded(decoder: msgspec.json.Decoder[_Read], body: bytes) -> _Read:
-    try:
-        if not body.isascii():
-            body.decode("utf-8")  # JSON is UTF-8 everywhere (RFC 8259), also in the fields that nobody reads here
-        return decoder.decode(body)
-    except msgspec.ValidationError as error:
-        raise _validation_error(str(error)) from None
-    except UNDECODABLE as error:
-        raise _not_json(body, error) from None
-
-
-def _not_json(body: bytes, error: Exception) -> GatewayError:
-    if isinstance(error, RecursionError):
-        return GatewayError("invalid_json", "The request body is nested too deeply.")
-    what = str(error).removeprefix("JSON is malformed: ") if body.strip() else "it is empty"
-    return GatewayError("invalid_json", f"The request body is not valid JSON: {what}.")
-
-
-def _validation_error(text: str) -> GatewayError:
-    found = _AT.fullmatch(text)
-    what, path = (found["what"], found["path"] or "") if found else (text, "")
-    param = path.removeprefix("$").removeprefix(".")
-    missing = _MISSING.fullmatch(what)
-    if missing:
-        param = f"{param}.{missing['field']}" if param else missing["field"]
-        return GatewayError("missing_required_parameter", f"Missing required parameter: '{param}'.", param=param)
-    subject = f"'{param}'" if param else "the request body"
-    what = _TYPE.sub(lambda word: _TYPES[word[0]], what.replace("`", "'"))
-    return GatewayError("invalid_type", f"Invalid type for {subject}: {what[:1].lower()}{what[1:]}.", param=param or None)
-
-
-def as_stream(body: bytes) -> bytes:
-    """The same request, asking for a stream with usage; every other field keeps its own bytes."""
-    return _rewritten(body, stream=True)
+def as_stream(body: bytes, *, usage: bool = True) -> bytes:
+    """The same request, asking for a stream (with usage); every other field keeps its own bytes."""
+    return _rewritten(body, usage=usage, stream=True)
 
 
 def with_usage(body: bytes) -> bytes:
     """The same request with ``stream_options.include_usage`` on; the rest keeps its own bytes."""
-    return _rewritten(body)
+    return _rewritten(body, usage=True)
 
 
-def _rewritten(body: bytes, **changes: object) -> bytes:
+def _rewritten(body: bytes, *, usage: bool, **changes: object) -> bytes:
     try:
         fields: dict[str, Any] = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         options = msgspec.json.decode(fields.get("stream_options", b"null"), type=dict[str, msgspec.Raw] | None) or {}
     except UNDECODABLE as error:  # a name that is no text, say
-        raise _not_json(body, error) from None
-    return msgspec.json.encode({**fields, **changes, "stream_options": {**options, "include_usage": True}})
+        raise not_json(body, error) from None
+    if usage:
+        changes["stream_options"] = {**options, "include_usage": True}
+    return msgspec.json.encode({**fields, **changes})
 
 
 # --- headers ----------------------------------------------------------------------------------
@@ -246,46 +118,6 @@ _REQUEST_ID: Final = re.compile(rb"[!-~]{1,128}")
 def accepted_request_id(header: bytes | None) -> str | None:
     """The client's X-Request-ID if it is 1 to 128 printable ASCII characters without space, else None."""
     return header.decode("ascii") if header and _REQUEST_ID.fullmatch(header) else None
-
-
-# --- answers ----------------------------------------------------------------------------------
-
-
-def usage_object(usage: Usage) -> dict[str, int]:
-    """OpenAI's ``usage`` object."""
-    prompt, completion = usage.prompt_tokens, usage.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def chat_completion(id: str, created: int, model: str, content: str, usage: Usage) -> bytes:
-    """A whole ``chat.completion``; ``created`` in Unix seconds."""
-    message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    answer = {"id": id, "object": "chat.completion", "created": created, "model": model}
-    return msgspec.json.encode({**answer, "choices": [choice], "usage": usage_object(usage)})
-
-
-def chat_stream(
-    id: str, created: int, model: str, pieces: Iterable[str], usage: Usage, *, include_usage: bool
-) -> Iterator[bytes]:
-    """The same as SSE events: the role, one chunk a piece, the finish reason, usage, ``[DONE]``.
-
-    As in OpenAI's streams, the chunks before the last have a ``usage`` of null if the client asked for usage.
-    """
-    head = {"id": id, "object": "chat.completion.chunk", "created": created, "model": model}
-    if include_usage:
-        head["usage"] = None
-
-    def chunk(delta: Mapping[str, str], finish_reason: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return sse.encode(msgspec.json.encode({**head, "choices": [choice]}))
-
-    yield chunk({"role": "assistant", "content": ""})
-    for piece in pieces:
-        yield chunk({"content": piece})
-    yield chunk({}, "stop")
-    yield sse.encode(msgspec.json.encode({**head, "choices": [], "usage": usage_object(usage)}))
-    yield sse.encode(sse.DONE)
 
 
 # --- models -----------------------------------------------------------------------------------
