@@ -24,7 +24,7 @@ READY_TIMEOUT = 60.0
 
 @dataclass(frozen=True)
 class Variant:
-    """The gateway with other settings than its defaults."""
+    """The gateway with other settings than its defaults; ``{backend}`` in one is the backend's URL."""
 
     environment: Mapping[str, str] = field(default_factory=dict)
     options: tuple[str, ...] = ()
@@ -33,6 +33,8 @@ class Variant:
 
 
 _KEY = f'[[keys]]\nid = "bench"\ntenant = "bench"\nhash = "{sha256(KEY.encode()).hexdigest()}"\n'
+_LEDGER = {"GATEWAY_LEDGER": "usage.sqlite"}
+_OTEL = {"OTEL_EXPORTER_OTLP_ENDPOINT": "{backend}"}  # which takes whatever it is sent for a request, and answers it
 _LIMITS = "rpm = 1000000000\ntpm = 1000000000000\nconcurrency = 1000000\n"
 
 VARIANTS = {
@@ -40,6 +42,9 @@ VARIANTS = {
     "gateway+json": Variant({"GATEWAY_LOG_FORMAT": "json"}),
     "gateway+keys": Variant(options=("--keys", "keys.toml"), files={"keys.toml": _KEY}),
     "gateway+limits": Variant(options=("--keys", "keys.toml"), files={"keys.toml": _KEY + _LIMITS}),
+    "gateway+ledger": Variant(_LEDGER),
+    "gateway+otel": Variant(_OTEL),
+    "gateway+all": Variant(_LEDGER | _OTEL, ("--keys", "keys.toml"), {"keys.toml": _KEY + _LIMITS}),
 }
 """To measure what a part costs, give it a row. Names have no commas: --proxies takes them in a list.
 
@@ -155,7 +160,8 @@ def _gateway(name: str, variant: Variant, twistd: str) -> Proxy:
         return [place.program, "-n", "--pidfile=", "--logfile=gateway.log", "inference-gateway", *variant.options]
 
     def environment(place: Place) -> dict[str, str]:
-        return {"BACKEND_URL": place.backend_url, "PORT": str(place.port), **variant.environment}
+        own = {name: value.format(backend=place.backend_url) for name, value in variant.environment.items()}
+        return {"BACKEND_URL": place.backend_url, "PORT": str(place.port), **own}
 
     return Proxy(name, twistd, command, environment)
 

@@ -17,8 +17,10 @@ from zope.interface import implementer
 
 from gateway.app import App
 from gateway.backend import Backend, HTTPBackend
+from gateway.calls import Calls
 from gateway.core.backend_settings import Kind
 from gateway.core.endpoints import CHAT
+from gateway.core.live import Live
 from gateway.core.model_settings import NO_MODELS, Models
 from gateway.core.policy import ExpectedCompletion
 from gateway.core.principal import NO_LIMITS, Limits
@@ -28,6 +30,7 @@ from gateway.core.retry_budget import RetryBudget
 from gateway.core.scheduler import Scheduler
 from gateway.core.settings import Settings
 from gateway.core.status import Status
+from gateway.dashboard import Dashboard
 from gateway.dispatch import Dispatcher
 from gateway.exchange import Timeouts
 from gateway.guard import Guard
@@ -148,10 +151,23 @@ class Gateway:
         self.limiting = Limiting(self.limiter, self.clock.seconds, limits)
         self.records: list[Record] = []
         self.metrics = Metrics(self.status, self.clock.seconds)
-        inference = Inference(self.dispatcher, self.clock.seconds, RetryBudget(0.1), self.limiting, models=models)
-        observers = (self.metrics, self.records.append)
+        inference = Inference(
+            self.dispatcher, self.clock.seconds, RetryBudget(0.1), self.limiting, Calls(scheduler, models=models)
+        )
+        live = Live(self.clock.seconds())
+        self.dashboard = Dashboard(live, self.status, scheduler.policy.name, self.clock)
+        self.pool.watch_states(self.dashboard.changed)
+        observers = (self.metrics, live, self.records.append)
         self.app = App(
-            inference, self.dispatcher, self.status, self.metrics, observers, self.clock.seconds, guard=guard, models=models
+            inference,
+            self.dispatcher,
+            self.status,
+            self.metrics,
+            observers,
+            self.clock.seconds,
+            guard=guard,
+            models=models,
+            dashboard=self.dashboard,
         )
         self.client: Any = StubTreq(self.app.resource())
 

@@ -22,7 +22,7 @@ from gateway.core.settings import Source, resolve
 from gateway.logs import LineObserver
 from gateway.service import Gateway
 
-REQUEST_CALLS = 206
+REQUEST_CALLS = 212
 EVENT_CALLS = 14
 
 BODY = b'{"model":"m","messages":[{"role":"user","content":"hello"}]%b}'

@@ -259,7 +259,7 @@ DIFFERENCES: Final[dict[str, Difference]] = {
     "llhttp takes several spaces around a target, as RFC 9112 section 3 allows": re.compile(
         rb"[A-Z]  +[!-~]|[!-~]  +HTTP/"
     ).search,
-    "llhttp skips empty lines before a request, as RFC 9112 section 2.2 wants": re.compile(rb"\A[\r\n]").search,
+    "llhttp skips empty lines before a request, as RFC 9112 section 2.2 wants": re.compile(rb"\A[\r\n]|\n\r?\n\r?\n").search,
     "llhttp takes the protocol names RTSP and ICE": re.compile(rb" (?:RTSP|ICE)/").search,
     "h11 refuses a chunk size of more than 20 digits": re.compile(rb"(?i)\r\n0[0-9a-f]{20}").search,
     "h11 refuses a length of more than 20 digits": re.compile(rb"(?i)content-length:\s*0[0-9]{20}").search,

@@ -73,12 +73,12 @@ def routes() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("method", "path"), routes())
-def test_every_route_but_three_asks_for_a_key_whatever_is_added(method: str, path: str) -> None:
+def test_every_route_but_four_asks_for_a_key_whatever_is_added(method: str, path: str) -> None:
     gateway = guarded(EchoBackend(Clock(), lambda: NOW))
     response = gateway.client.request(method, f"http://g{path}", data=HELLO if method == "POST" else b"")
     gateway.client.flush()
     answer = now_of(response)
-    if path in ("/healthz", "/readyz", "/openapi.json"):
+    if path in ("/healthz", "/readyz", "/openapi.json", "/dashboard"):
         assert answer.code == 200
         return
     assert (answer.code, gateway.records[-1].code) == (401, "missing_api_key")
@@ -275,3 +275,14 @@ def test_who_is_known_is_known_within_a_few_calls(kind: str) -> None:
 
     admit()
     assert calls(admit) <= ADMIT_CALLS
+
+
+# --- which model it is
+
+
+def test_a_model_spelt_in_another_case_beside_the_one_that_is_allowed_is_refused() -> None:
+    gateway = guarded()
+    body = b'{"Model":"secret","model":"m-1",' + HELLO[1:]
+    answer = now_of(gateway.post(body, authorization="Bearer gw-ada"))
+    assert (answer.code, error_of(gateway, answer)["param"]) == (400, "Model")
+    assert not gateway.agent.requests

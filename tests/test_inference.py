@@ -9,6 +9,7 @@ import pytest
 
 from gateway.core.messages import COUNT_TOKENS, MESSAGES
 from gateway.core.model_settings import read_tables
+from gateway.core.readers import SettingsError
 
 from .fakes import ANSWER, HELLO, FakeResponse, Gateway, body_of, error_of
 
@@ -129,3 +130,78 @@ def test_a_server_that_cannot_count_is_estimated_too() -> None:
     response = gateway.post(MESSAGE, COUNT_TOKENS)
     gateway.agent.answer(FakeResponse(404), b"{}")
     assert gateway.done(response).code == 200
+
+
+def unavailable(gateway: Gateway, times: int = 1) -> None:
+    """The backend fails each attempt."""
+    for _ in range(times):
+        gateway.agent.answer(FakeResponse(500), b"{}")
+        gateway.client.flush()
+
+
+def test_a_fallback_that_the_request_is_not_for_is_passed_over() -> None:
+    tables: dict[str, Any] = {
+        "fast": {"backend_model": "small", "fallbacks": ["short", "big"]},
+        "short": {"ranges": {"max_tokens": 2}},
+        "big": {},
+    }
+    gateway = Gateway(models=read_tables("f", tables))
+    response = gateway.post(b'{"max_tokens":5,' + FAST[1:])
+    unavailable(gateway)
+    assert gateway.agent.sent()["model"] == "big"
+    gateway.agent.answer(FakeResponse(), ANSWER)
+    assert gateway.done(response).code == 200
+    assert gateway.records[-1].served_model == "big"
+
+
+def test_when_nothing_fits_the_first_failure_is_what_is_told() -> None:
+    tables = {"fast": {"backend_model": "small", "fallbacks": ["short"]}, "short": {"ranges": {"max_tokens": 2}}}
+    gateway = Gateway(models=read_tables("f", tables))
+    response = gateway.post(b'{"max_tokens":5,' + FAST[1:])
+    unavailable(gateway)
+    answer = gateway.done(response)
+    assert (answer.code, error_of(gateway, answer)["code"]) == (502, "backend_error")
+    assert gateway.records[-1].served_model == "small"
+
+
+def test_a_models_defaults_are_for_what_generates() -> None:
+    gateway = Gateway(models=read_tables("f", {"e": {"defaults": {"max_tokens": 7}}}))
+    gateway.post(b'{"model":"e","input":"x"}', "/v1/embeddings")
+    assert gateway.agent.sent() == {"model": "e", "input": "x"}
+
+
+@pytest.mark.parametrize(
+    "table",
+    [{"defaults": {"temperature": "hot"}}, {"defaults": {"max_tokens": 1024}, "ranges": {"max_tokens": 512}}],
+)
+def test_defaults_that_every_request_would_be_refused_for_are_no_settings(table: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match="defaults"):
+        read_tables("f", {"m": table})
+
+
+@pytest.mark.parametrize("asked", [{"max_completion_tokens": 1, "max_tokens": 9}, {"max_tokens": -1}, {"max_tokens": 9}])
+def test_no_way_of_asking_passes_a_models_range(asked: dict[str, int]) -> None:
+    gateway = Gateway(models=read_tables("f", {"m": {"ranges": {"max_tokens": 8}}}))
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **asked}
+    answer = gateway.done(gateway.post(json.dumps(body).encode()))
+    assert (answer.code, error_of(gateway, answer)["param"]) == (400, "max_tokens")
+    assert not gateway.agent.requests
+
+
+def test_a_messages_stream_that_is_none_is_the_backends_failure() -> None:
+    gateway = Gateway()
+    response = gateway.post(b'{"stream":true,' + MESSAGE[1:], MESSAGES)
+    reply = gateway.agent.answer(FakeResponse(content_type="text/event-stream"))
+    reply.data(b"data: nonsense\n\n")
+    reply.end()
+    assert b"event: error" in body_of(gateway, gateway.done(response))
+    record = gateway.records[-1]
+    assert (record.code, record.fault) == ("backend_protocol_error", "backend")
+
+
+def test_more_stops_than_a_chat_completion_takes_are_refused_by_their_own_name() -> None:
+    gateway = Gateway()
+    body = b'{"stop_sequences":["1","2","3","4","5"],' + MESSAGE[1:]
+    answer = gateway.done(gateway.post(body, MESSAGES))
+    assert answer.code == 400
+    assert "'stop_sequences'" in told(gateway, answer)["message"]

@@ -9,7 +9,22 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "gateway"
 MODULES = sorted(SOURCE.rglob("*.py"))
-IMPURE = {"time", "socket", "asyncio", "threading", "os", "pathlib", "random", "uuid", "twisted", "treq", "klein", "dotenv"}
+IMPURE = {
+    "time",
+    "socket",
+    "asyncio",
+    "threading",
+    "os",
+    "pathlib",
+    "random",
+    "uuid",
+    "sqlite3",
+    "psycopg",
+    "twisted",
+    "treq",
+    "klein",
+    "dotenv",
+}
 LOW_TO_HIGH = [
     "net",
     "exchange",
@@ -26,13 +41,28 @@ LOW_TO_HIGH = [
     "limiter",
     "redis_link",
     "redis_limiter",
+    "calls",
     "inference",
     "metrics",
     "guard",
+    "loop_delay",
+    "telemetry",
     "logs",
+    "dashboard",
     "app",
+    "journal",
+    "database",
+    "sqlite",
+    "postgresql",
+    "ledger_place",
+    "delivery",
+    "ledger",
+    "process",
+    "parts",
     "service",
     "command",
+    "usage_command",
+    "top",
     "cli",
 ]
 

@@ -9,8 +9,8 @@ import pytest
 from twisted.internet.defer import CancelledError
 
 from gateway.core.errors import BackendFailed, GatewayError
-from gateway.core.prices import Price
-from gateway.core.principal import NO_LIMITS, Budget, Limits
+from gateway.core.prices import Price, of_record
+from gateway.core.principal import NO_LIMITS, Budget, Limits, Principal
 from gateway.core.ratelimit import PARTS
 from gateway.core.record import Record
 from gateway.core.usage import Usage
@@ -124,3 +124,28 @@ def test_limits_of_the_key_come_before_those_for_everyone() -> None:
     principal = type(record.principal)(key="k", limits=own)
     assert limiting.limits_of(principal) is own
     assert limiting.limits_of(record.principal) == Limits(requests=1)
+
+
+def test_a_key_that_has_no_limits_of_its_own_has_the_usual_ones() -> None:
+    usual = Limits(requests=1)
+    limiting = Limiting(limiter(), lambda: 0.0, usual)
+    assert limiting.limits_of(Principal(key="k", limits=Limits(None, None, None, None))) is usual
+
+
+def test_money_goes_by_the_model_that_is_served() -> None:
+    prices = {"fast": Price(1.0, 1.0), "big": Price(5.0, 5.0)}
+    assert of_record(prices, ended(model="alias", served_model="big")) == prices["big"]
+    assert of_record(prices, ended(model="fast", served_model="big")) == prices["fast"], "the alias has a price of its own"
+    assert of_record(prices, ended(model="fast", served_model="big", fell_back=True)) == prices["big"]
+
+
+def test_each_prompt_of_a_completion_is_reserved_an_answer() -> None:
+    gateway = Gateway(limits=Limits(tokens=1000))
+    body = {"prompt": ["a"] * 300, "max_tokens": 100}
+    answer = gateway.done(gateway.post(json.dumps(body).encode(), "/v1/completions"))
+    assert (answer.code, error_of(gateway, answer)["code"]) == (429, "rate_limit_exceeded")
+    assert not gateway.agent.requests
+
+
+def test_a_stream_that_never_began_costs_nothing() -> None:
+    assert charged(ended(usage=Usage(0, 0, estimated=True)), BackendFailed("backend_protocol_error", "it ended")) == 0

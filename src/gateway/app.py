@@ -13,6 +13,7 @@ from klein import Klein
 from twisted.internet.defer import CancelledError, Deferred, ensureDeferred, succeed
 from twisted.logger import Logger
 from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
 from twisted.web.resource import IResource
 from twisted.web.server import Request
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
@@ -22,21 +23,29 @@ from . import __version__
 from .backend import Answer
 from .core import endpoints, openapi, wire
 from .core.error_forms import ANTHROPIC, OPENAI, RESPONSES, ErrorForm
-from .core.errors import GatewayError, internal_error
+from .core.errors import UNDECODABLE, BackendFailed, GatewayError, internal_error
 from .core.messages import COUNT_TOKENS, MESSAGES
 from .core.model_settings import NO_MODELS, Models, listed
 from .core.record import Record
 from .core.status import Status
+from .core.trace_context import Following, Trace, Tracing
+from .dashboard import HEADERS, PAGE, Dashboard
 from .dispatch import Dispatcher
 from .guard import Guard
 from .inference import Inference
 from .metrics import Metrics
 from .net.channel import Refusal
+from .net.headers import last_of, pairs_of
 from .net.request import Handle, body_of
 from .relay import connected, cut, relay
 
 _log: Final = Logger("gateway.app")
 _DRAINING: Final = "The gateway is shutting down: send the request again."
+
+UNTRACED: Final = frozenset(["/healthz", "/readyz", "/metrics"])
+"""Asked all the time, by probes and scrapes: part of a caller's trace, but never a trace of their own."""
+
+MAX_PATH: Final = 256
 
 Work = Callable[[Request, Record], Awaitable[None]]
 Observer = Callable[[Record], None]
@@ -52,8 +61,9 @@ class _ModelId(PathConverter):
 class App:
     """The HTTP face of the gateway.
 
-    ``now`` gives seconds on the monotonic clock. ``observers`` see every record once. ``admin``: the routes under /admin are
-    there. ``guard`` asks who sends a request; without one, nobody is asked. ``models``: what the settings say of models.
+    ``now`` gives seconds on the monotonic clock. ``observers`` see every record once. ``admin``: the dashboard and the routes
+    under /admin are there. ``guard`` asks who sends a request; without one, nobody is asked. ``models``: what the settings say
+    of models. ``tracing`` says which requests have spans; without it none has.
     """
 
     router = Klein()
@@ -70,16 +80,20 @@ class App:
         observers: Sequence[Observer],
         now: Callable[[], float],
         *,
+        dashboard: Dashboard,
         admin: bool = True,
         guard: Guard | None = None,
         models: Models = NO_MODELS,
+        tracing: Tracing | None = None,
     ) -> None:
         self.draining = False
+        self._dashboard = dashboard
         self._inference = inference
         self._dispatcher = dispatcher
         self._admin = admin
         self._guard = guard
         self._named = models
+        self._tracing = tracing or Following()
         self._status = status
         self._metrics = metrics
         self._observers = observers
@@ -183,6 +197,18 @@ class App:
 
         return self._run(request, "/admin/backends/{name}", change)
 
+    @router.route("/dashboard", methods=["GET"])
+    def dashboard(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/dashboard", self._dashboard_page)
+
+    @router.route("/dashboard/state", methods=["GET"])
+    def dashboard_state(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/dashboard/state", self._dashboard_state)
+
+    @router.route("/dashboard/events", methods=["GET"])
+    def dashboard_events(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/dashboard/events", self._dashboard_events)
+
     @router.handle_errors(HTTPException)  # type: ignore[arg-type]  # klein wants IRequest, and gives what Server makes
     def no_route(self, request: Request, failure: Failure) -> bytes:
         """No route, or not with this method. Klein itself writes what this returns, and finishes the request."""
@@ -219,19 +245,23 @@ class App:
         that the caller may not use are left out."""
         entries, principal = self._dispatcher.pool.models(), record.principal
         if not entries and self._dispatcher.pool.known_models() is None:
-            answer = await self._dispatcher.ask_models(self._inference.forwardable(request))
+            answer = await self._dispatcher.ask_models(self._inference.calls.forwardable(request))
             if (principal.models is None and not self._named) or answer.status >= 400:
                 return answer
-            entries = wire.models(answer.body)
+            try:
+                entries = wire.models(answer.body)
+            except UNDECODABLE as problem:
+                message = "The backend's list of models is none."
+                raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
         entries = [*entries, *listed(self._named, entries)]
         if principal.models is not None:
-            entries = [entry for entry in entries if principal.may_use(entry["id"])]
+            entries = [entry for entry in entries if any(map(principal.may_use, wire.names_of(entry)))]
         return Answer(200, [(b"Content-Type", b"application/json")], wire.listing(entries))
 
     async def _explain(self, request: Request, record: Record) -> None:
         """Where a request would go, and why; it is not sent."""
         self._check_admin(request)
-        candidates = self._dispatcher.explain(self._inference.read(request, record))
+        candidates = self._dispatcher.explain(self._inference.planned(request, record))
         answer = {"policy": self._dispatcher.scheduler.policy.name, "candidates": [one._asdict() for one in candidates]}
         _reply(request, record, msgspec.json.encode(answer))
 
@@ -252,6 +282,22 @@ class App:
         if not self._admin:
             raise _no_route(request, None)
 
+    async def _dashboard_page(self, request: Request, record: Record) -> None:
+        self._check_admin(request)
+        for name, value in HEADERS.items():
+            request.setHeader(name, value)
+        _reply(request, record, PAGE, "text/html; charset=utf-8")
+
+    async def _dashboard_state(self, request: Request, record: Record) -> None:
+        self._check_admin(request)
+        request.setHeader(b"cache-control", b"no-store")
+        _reply(request, record, self._dashboard.state())
+
+    async def _dashboard_events(self, request: Request, record: Record) -> None:
+        self._check_admin(request)
+        record.status = 200
+        await self._dashboard.watch(request)
+
     async def _healthz(self, request: Request, record: Record) -> None:
         _reply(request, record, b'{"status": "ok"}')
 
@@ -268,7 +314,7 @@ class App:
         _reply(request, record, body, content_type)
 
     async def _openapi(self, request: Request, record: Record) -> None:
-        _reply(request, record, openapi.document(__version__, strict=self._inference.strict))
+        _reply(request, record, openapi.document(__version__, strict=self._inference.calls.strict))
 
     # --- one request
 
@@ -283,6 +329,8 @@ class App:
         method = request.method.decode("ascii", "replace")
         client = getattr(request.getClientAddress(), "host", "")
         record = self._record(request.getHeader(b"x-request-id"), method, route, client)
+        if self._tracing.ratio or b"traceparent" in last_of(request.requestHeaders):
+            record.trace = self._trace(request.requestHeaders, route, request.path)
         request.setHeader(b"x-request-id", record.request_id.encode("ascii"))
         if form is not OPENAI:
             record.error_form = form
@@ -292,6 +340,15 @@ class App:
     def _record(self, given_id: bytes | None, method: str, route: str, client: str) -> Record:
         request_id = wire.accepted_request_id(given_id) or next(self._request_ids)
         return Record(request_id, method[:20], route, self._now(), client)
+
+    def _trace(self, headers: Headers, route: str, path: bytes = b"") -> Trace | None:
+        given = b"traceparent" in last_of(headers)
+        if not given and (not self._tracing.ratio or route in UNTRACED):
+            return None
+        trace = self._tracing.begin(pairs_of(headers) if given else ())
+        if trace is not None and trace.sampled:
+            trace.path = path[:MAX_PATH].decode("utf-8", "replace")
+        return trace
 
     async def _answered(self, request: Request, record: Record, work: Work) -> None:
         """Whatever ends the request, it ends with an answer if somebody waits for one, and is observed once."""
@@ -325,6 +382,7 @@ class App:
         """A request that was turned away before it had a route; returns its id."""
         given_id = refusal.headers.getRawHeaders(b"x-request-id", [None])[-1]
         record = self._record(given_id, refusal.method, "other", refusal.client)
+        record.trace = self._trace(refusal.headers, record.route)
         record.failed(refusal.error)
         self._observe(record)
         return record.request_id
@@ -382,7 +440,9 @@ def _fail(request: Request, record: Record, error: GatewayError) -> None:
     if begun:
         cut(request)
         return
-    _write(request, _head_of_error(request, record, error))
+    body = _head_of_error(request, record, error)
+    record.sent_bytes = len(body)
+    _write(request, body)
 
 
 def _head_of_error(request: Request, record: Record, error: GatewayError) -> bytes:

@@ -99,7 +99,8 @@ class HTTPBackend:
         self._client = client
         self._timers = Timers(clock, timeouts)
         self._probe_timers = Timers(clock, PROBE_TIMEOUTS)
-        self._authorization = f"Bearer {api_key}".encode("ascii") if api_key else None
+        self._api_key = (api_key or "").encode("ascii")
+        self._authorization = b"Bearer " + self._api_key if api_key else None
         self._stream_usage = stream_usage
         self._messages = messages
         self._max_answer = max_answer
@@ -128,7 +129,8 @@ class HTTPBackend:
         exchange = await self._post(call, endpoint.path, body)
         exchange.usage_added = ask_usage
         if not exchange.is_event_stream or not 200 <= exchange.status < 300:
-            return _judged(Answer(exchange.status, exchange.headers, await exchange.content()))
+            answer = Answer(exchange.status, exchange.headers, await exchange.content())
+            return _judged(answer if exchange.status < 400 else self._without_key(answer))
         if assemble is not None:
             return await _assembled(exchange, assemble(self._max_answer))
         return exchange
@@ -160,7 +162,7 @@ class HTTPBackend:
     async def models(self, headers: list[tuple[bytes, bytes]]) -> Answer:
         exchange = Exchange(self._client, self._probe_timers, self._max_answer)
         await exchange.open("GET", self._url + b"/v1/models", RawHeaders(self._headers(headers)), None)
-        return _judged(Answer(exchange.status, exchange.headers, await exchange.content()))
+        return _judged(self._without_key(Answer(exchange.status, exchange.headers, await exchange.content())))
 
     @property
     def kind(self) -> Kind | None:
@@ -178,9 +180,13 @@ class HTTPBackend:
     async def probe(self) -> Report:
         return await self._prober.look()
 
+    def _without_key(self, answer: Answer) -> Answer:
+        """A server that complains of our key may quote it: that does not go on."""
+        return answer._replace(body=answer.body.replace(self._api_key, b"***")) if self._api_key else answer
+
     def _headers(self, given: Pairs) -> Pairs:
         if self._authorization:
-            kept = [pair for pair in given if pair[0] != b"authorization"]
+            kept = [pair for pair in given if pair[0] not in (b"authorization", b"x-api-key")]
             return [*kept, (b"accept-encoding", b"identity"), (b"authorization", self._authorization)]
         return [*given, (b"accept-encoding", b"identity")]
 

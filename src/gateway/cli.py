@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import sys
 import time
@@ -12,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from . import __version__
+from . import __version__, top, usage_command
 from .command import die, settings_of
 from .core import api_keys, readers
 from .core.api_keys import ApiKey, new_key, with_field, with_key
@@ -20,6 +21,7 @@ from .core.principal import Budget
 from .core.readers import Reader, SettingsError
 from .core.settings import Source
 from .keys_file import Change, changing, read_keys
+from .top import TopError
 
 _TEN_YEARS: Final = 3650 * 86400.0
 _LIMITS: Final = ("models", "rpm", "tpm", "concurrency", "budget", "priority", "weight")
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     try:
         given.run(given)
-    except SettingsError as problem:
+    except (SettingsError, TopError) as problem:
         die(problem)
 
 
@@ -42,7 +44,17 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     keys = commands.add_parser("keys", help="add, list, revoke and rotate API keys")
     _add_keys_commands(keys.add_subparsers(required=True, metavar="COMMAND"))
+    usage_command.add_parser(commands)
+    watch = "watch a running gateway; where it asks for a key, GATEWAY_ADMIN_KEY is one with admin"
+    watching = commands.add_parser("top", help=watch, description=watch)
+    watching.add_argument("--url", default="http://127.0.0.1:8080", help="where the gateway is; default: %(default)s")
+    watching.add_argument("--once", action="store_true", help="print how things are, and end")
+    watching.set_defaults(run=_top)
     return parser
+
+
+def _top(given: argparse.Namespace) -> None:
+    top.run(given.url, os.environ.get("GATEWAY_ADMIN_KEY", ""), once=given.once)
 
 
 def _add_keys_commands(commands: Any) -> None:
@@ -58,7 +70,7 @@ def _add_keys_commands(commands: Any) -> None:
         kind = _listed if name == "models" else _checked(field.read)
         add.add_argument(f"--{name}", metavar=metavar, type=kind, required=name == "tenant", help=field.help.replace("`", "'"))
     add.add_argument("--expires", metavar="WHEN", type=_until, help="after 30d, say, or on a day: 2030-01-31")
-    add.add_argument("--admin", action="store_true", help="it may use the routes under /admin, and /metrics")
+    add.add_argument("--admin", action="store_true", help="it may use /dashboard, /metrics and the routes under /admin")
     listing = command("list", _list, "the keys there are; none is shown")
     listing.add_argument("--json", action="store_true", help="as JSON")
     revoke = command("revoke", _revoke, "make a key invalid at once")

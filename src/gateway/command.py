@@ -106,7 +106,8 @@ def _toml(path: Path) -> dict[str, Any]:
 def makeService(options: Options) -> Gateway:
     """Everything that can fail at the start fails here: twistd has not become a daemon yet."""
     install_reactor()
-    from .service import StartError, make_gateway  # noqa: PLC0415 - they import klein, which brings a reactor along
+    from .process import StartError  # noqa: PLC0415 - these import klein, which brings a reactor along
+    from .service import make_gateway  # noqa: PLC0415
 
     try:
         return make_gateway(options.settings, options.parent or {})

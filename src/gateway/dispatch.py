@@ -40,6 +40,7 @@ class Lease:
     usage: Usage | None = None
     first_byte_seconds = 0.0
     _era = 0
+    asked_at = 0.0
     sent_at = 0.0
     _patience: float | None = None
     _failure: BackendFailed | None = None
@@ -173,6 +174,7 @@ class Dispatcher:
         """A backend at once, or a place in the queue. Raises `GatewayError`: queue_full, queue_timeout (it would be late),
         no_backend, model_not_found."""
         lease, now = Lease(self, ticket), self.now()
+        lease.asked_at = now
         try:
             if self.scheduler.submit(ticket, now):
                 lease.bind(self._backends[ticket.backend or ""], now)

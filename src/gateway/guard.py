@@ -13,9 +13,11 @@ from .core.record import Record
 from .jwks import Jwks
 from .net.headers import last_of, pairs_of
 
-OPEN: Final = frozenset(["/healthz", "/readyz", "/openapi.json"])
+OPEN: Final = frozenset(["/healthz", "/readyz", "/openapi.json", "/dashboard"])
+"""The dashboard's page is the same for everybody, and asks for a key itself; what it shows is not."""
+
 METRICS: Final = "/metrics"
-ADMIN: Final = "/admin/"
+ADMIN: Final = ("/admin/", "/dashboard/")
 RETRY_SECONDS: Final = 5.0
 
 

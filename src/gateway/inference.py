@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Final
 
 from msgspec import structs
 from twisted.web.server import Request
 
 from .backend import Answer
-from .core import asking, messages, ranges, wire
-from .core.endpoints import CHAT, endpoint_of
+from .calls import Calls, told
+from .core import wire
 from .core.errors import BackendFailed, GatewayError
-from .core.message_answers import Translation
-from .core.message_chat import chat_body
-from .core.model_settings import NO_MODELS, Models, ModelSettings
-from .core.prefix import NO_BLOCKS, blocks_of
+from .core.model_settings import ModelSettings
 from .core.principal import NO_LIMITS, Limits
-from .core.record import Record
+from .core.record import Record, Try
 from .core.retry_budget import RetryBudget
-from .core.tickets import PRIORITIES, Ticket
+from .core.tickets import Ticket
+from .core.trace_context import Trace
 from .dispatch import Dispatcher, Lease
 from .hedge import Begun, Hedge
 from .limiter import Limiting
-from .net.headers import last_of, pairs_of
-from .net.request import Lines, body_of
+from .net.request import Lines
 from .probe import retry_after
 from .relay import Heartbeat, MakeHeartbeat, no_heartbeat, relay
 from .windows import Windows
+
+Read = Callable[[Request, Record], wire.Call]
 
 REPEATABLE: Final = frozenset(
     ["backend_unreachable", "backend_error", "backend_protocol_error", "connect_timeout", "first_byte_timeout", "idle_timeout"]
@@ -38,13 +37,11 @@ REPEATABLE: Final = frozenset(
 UNAVAILABLE: Final = REPEATABLE | {"no_backend", "queue_full", "queue_timeout"}
 """Failures after which another model may be asked, if the settings name one."""
 
-CHARACTERS: Final = 4
-"""Of a request's body in a token of its prompt, where the prompt itself is not looked at."""
+UNFIT: Final = frozenset(["model_not_found", "context_length_exceeded"])
+"""Failures of a model that was fallen back to which say nothing of the request."""
 
 MAX_LINES: Final = 1024
 """Sets of headers that are kept made: backend, decision, attempts, milliseconds in the queue."""
-
-MAX_DEADLINE: Final = 86400.0
 
 BACKEND_PATIENCE: Final = 10.0
 """Seconds that a backend is left alone whose 429 does not say for how long."""
@@ -53,11 +50,9 @@ BACKEND_PATIENCE: Final = 10.0
 class Inference:
     """Takes a request to a backend and its reply back.
 
-    ``now`` gives seconds on the monotonic clock; ``forward_authorization`` lets the caller's own credentials through to
-    the backend; ``queue_timeout`` is how long a request may wait for a backend; ``max_attempts`` and ``budget`` bound
-    retries; ``heartbeat`` makes the comments of streams that wait; ``strict`` refuses fields that OpenAI's API does not have;
-    ``windows`` refuses what has no room in a model's window; ``models`` is what the settings say of models; ``limiting`` lets
-    a key's requests in.
+    ``now`` gives seconds on the monotonic clock; ``limiting`` lets a key's requests in; ``calls`` reads them;
+    ``max_attempts`` and ``budget`` bound retries; ``heartbeat`` makes the comments of streams that wait; ``windows`` refuses
+    what has no room in a model's window.
     """
 
     def __init__(
@@ -66,70 +61,75 @@ class Inference:
         now: Callable[[], float],
         budget: RetryBudget,
         limiting: Limiting,
+        calls: Calls,
         *,
-        forward_authorization: bool = False,
-        queue_timeout: float = 30.0,
         max_attempts: int = 3,
         heartbeat: MakeHeartbeat = no_heartbeat,
         hedge: Hedge | None = None,
-        strict: bool = False,
         windows: Windows | None = None,
-        models: Models = NO_MODELS,
     ) -> None:
         self._dispatcher = dispatcher
         self._now = now
         self._budget = budget
         self._limiting = limiting
-        self._forward_authorization = forward_authorization
-        self._queue_timeout = queue_timeout
+        self.calls = calls
         self._max_attempts = max_attempts
         self._heartbeat = heartbeat
         self._hedge = hedge
-        self.strict = strict
         self._windows = windows
-        self._models = models
         self._lines: dict[tuple[str, str, int, int, str], Lines] = {}
 
     def infer(self, request: Request, record: Record) -> Awaitable[None]:
         """What the record's route is for. Raises `GatewayError` for what fails before the first byte of the answer."""
-        return self._begin(request, record, self._read)
+        return self._begin(request, record, self.calls.read)
 
     def infer_message(self, request: Request, record: Record) -> Awaitable[None]:
         """A message of Anthropic's API, by way of a chat completion. Raises as `infer` does."""
-        return self._begin(request, record, self._read_message)
+        return self._begin(request, record, self.calls.read_message)
 
     def count_tokens(self, request: Request, record: Record) -> Awaitable[None]:
         """How long such a message's prompt is, asked of a backend that serves its model. Raises as `infer` does."""
-        return self._begin(request, record, self._read_prompt)
+        return self._begin(request, record, self.calls.read_prompt)
 
-    def _begin(self, request: Request, record: Record, read: Callable[[Request, Record], wire.Call]) -> Awaitable[None]:
+    def planned(self, request: Request, record: Record) -> Ticket:
+        """The ticket that a request would get."""
+        _, call, _ = self._asked(request, record, self.calls.read)
+        return self.calls.ticket(request, call, record)
+
+    def _asked(self, request: Request, record: Record, read: Read) -> tuple[wire.Call, wire.Call, ModelSettings | None]:
+        """What was asked, the same as the backends of its model are to see it, and what the settings say of that."""
+        asked = read(request, record)
+        settings = self.calls.settings_of(record.model)
+        return asked, asked if settings is None else self.calls.of_model(asked, record.model, record), settings
+
+    def _begin(self, request: Request, record: Record, read: Read) -> Awaitable[None]:
         try:
-            asked = read(request, record)
-            settings = self._models.get(record.model) if self._models else None
-            call = asked if settings is None else _of_model(settings, asked, record)
+            asked, call, settings = self._asked(request, record, read)
         except GatewayError:
             self._limiting.tell(request, record)
             raise
-        ticket = self.ticket(request, call, record)
+        ticket = self.calls.ticket(request, call, record)
+        record.session = ticket.session or ""
+        fallbacks = settings.fallbacks if settings is not None else ()
         limits = self._limiting.limits_of(record.principal)
         if limits is NO_LIMITS:
-            return self._let_in(request, record, asked, call, ticket, settings)
-        return self._limited(limits, request, record, asked, call, ticket, settings)
+            return self._let_in(request, record, asked, call, ticket, fallbacks)
+        let_in = partial(self._let_in, request, record, asked, call, ticket, fallbacks)
+        return self._limited(limits, request, record, call, ticket, let_in)
 
     async def _limited(
         self,
         limits: Limits,
         request: Request,
         record: Record,
-        asked: wire.Call,
         call: wire.Call,
         ticket: Ticket,
-        settings: ModelSettings | None,
+        let_in: Callable[[], Awaitable[None]],
     ) -> None:
         """A request of a key that may not use all there is."""
-        allowance = await self._limiting.allow(limits, request, record, ticket, getattr(call.asked, "n", None))
+        allowance = await self._limiting.allow(limits, request, record, ticket, call.asked.choices)
         try:
-            await self._let_in(request, record, asked, call, ticket, settings)
+            await let_in()
         except BaseException as problem:
             allowance.end(record, problem)
             raise
@@ -142,13 +142,13 @@ class Inference:
         asked: wire.Call,
         call: wire.Call,
         ticket: Ticket,
-        settings: ModelSettings | None,
+        fallbacks: Sequence[str],
     ) -> Awaitable[None]:
         self._budget.requested(record.started)
         heartbeat = self._heartbeat(request, record, self._dispatcher.scheduler) if record.stream else None
         serving: Awaitable[None] = self._serve(request, record, call, ticket, heartbeat)
-        if settings is not None and settings.fallbacks:
-            serving = self._fall_back(serving, request, record, asked, heartbeat, settings.fallbacks)
+        if fallbacks:
+            serving = self._fall_back(serving, request, record, asked, heartbeat, fallbacks)
         return serving if heartbeat is None else _beating(heartbeat, serving)
 
     async def _fall_back(
@@ -160,26 +160,30 @@ class Inference:
         heartbeat: Heartbeat | None,
         fallbacks: Sequence[str],
     ) -> None:
-        """As long as no backend can be had, one model after the other; each waits as long as a request may."""
+        """As long as no backend can be had, one model after the other; each waits as long as a request may. One that the
+        request is not for is passed over."""
+        failure = await _failure_of(serving, UNAVAILABLE)
         for name in fallbacks:
-            try:
-                await serving
+            if failure is None:
                 return
-            except GatewayError as failure:
-                if failure.code not in UNAVAILABLE:
-                    raise
-                record.retried(failure)
-            call = _of_model(self._models.get(name) or ModelSettings(name, name), asked, record)
-            ticket = self.ticket(request, call, record)
-            ticket.expires = self._now() + self._queue_timeout
-            serving = self._serve(request, record, call, ticket, heartbeat)
-        await serving
+            try:
+                call = self.calls.of_model(asked, name, record)
+            except GatewayError:
+                continue
+            record.retried(failure, self._now())
+            record.fell_back = True
+            ticket = self.calls.ticket(request, call, record)
+            ticket.expires = self._now() + self.calls.queue_timeout
+            found = await _failure_of(self._serve(request, record, call, ticket, heartbeat), UNAVAILABLE | UNFIT)
+            failure = failure if found is not None and found.code in UNFIT else found
+        if failure is not None:
+            raise failure
 
     async def _serve(
         self, request: Request, record: Record, call: wire.Call, ticket: Ticket, heartbeat: Heartbeat | None
     ) -> None:
         """One attempt after the other, until a backend answers or nothing more may be tried."""
-        if self._windows is not None:
+        if self._windows is not None and call.generates:
             await self._windows.check(call)
         while True:
             try:
@@ -211,19 +215,25 @@ class Inference:
 
     async def _attempt(self, call: wire.Call, record: Record, ticket: Ticket, heartbeat: Heartbeat | None) -> Begun:
         lease = self._dispatcher.lease(ticket)
+        attempt: Try | None = None
         try:
             if heartbeat is not None:
                 heartbeat.ticket = ticket
             backend = lease.backend or await lease.granted()
             record.chosen(ticket)
             record.attempts += 1
-            reply = await backend.send(call)
+            attempt = Try(backend.name, lease.asked_at, lease.sent_at)
+            record.tries.append(attempt)
+            reply = await backend.send(call if record.trace is None else _traced(call, record.trace, len(record.tries) - 1))
             if call.translation is not None and isinstance(reply, Answer):
-                reply = _told(reply, call)
+                reply = told(reply, call)
         except BaseException as problem:
             lease.end(problem)
+            if attempt is not None:
+                attempt.fail(problem, self._now())
             raise
         lease.first_byte()
+        attempt.replied = lease.sent_at + lease.first_byte_seconds
         if isinstance(reply, Answer) and reply.status == 429:
             lease.rate_limited(retry_after(reply.headers) or BACKEND_PATIENCE)
         return lease, reply
@@ -275,7 +285,7 @@ class Inference:
             or not self._budget.take(self._now())
         ):
             raise failure
-        record.retried(failure)
+        record.retried(failure, self._now())
         return again
 
     @staticmethod
@@ -298,118 +308,21 @@ class Inference:
             tried=ticket.tried | {ticket.backend or ""},
         )
 
-    # --- what was asked
 
-    def _read(self, request: Request, record: Record) -> wire.Call:
-        body = _body(request)
-        endpoint = endpoint_of(record.route)
-        asked = (endpoint.schema.strict if self.strict else endpoint.schema).read(body)
-        _note(record, asked.model or "", asked)
-        return wire.Call(endpoint, body, asked, record.request_id, self.forwardable(request))
-
-    def _read_message(self, request: Request, record: Record) -> wire.Call:
-        body = _body(request)
-        asked = messages.parse(body)
-        call = self._translated(request, record, asked, asked.stop_sequences or ())
-        call.native = body
-        return call
-
-    def _read_prompt(self, request: Request, record: Record) -> wire.Call:
-        body = _body(request)
-        call = self._translated(request, record, messages.parse_prompt(body), ())
-        call.body, call.generates = body, False
-        return call
-
-    def _translated(self, request: Request, record: Record, asked: messages.Prompt, stops: Sequence[str]) -> wire.Call:
-        body = chat_body(asked)
-        chat = CHAT.schema.read(body)
-        _note(record, asked.model, chat)
-        translation = Translation(record.request_id, asked.model, tuple(stops))
-        headers = [pair for pair in self.forwardable(request) if pair[0] != b"x-api-key"]  # Anthropic's, not a chat backend's
-        return wire.Call(CHAT, body, chat, record.request_id, headers, translation)
-
-    def read(self, request: Request, record: Record) -> Ticket:
-        """The ticket that a request would get."""
-        call = self._read(request, record)
-        settings = self._models.get(record.model)
-        return self.ticket(request, call if settings is None else _of_model(settings, call, record), record)
-
-    def ticket(self, request: Request, call: wire.Call, record: Record) -> Ticket:
-        """What the scheduler is told of a request."""
-        asked, model, now, principal = call.asked, call.asked.model or "", record.started, record.principal
-        hashes = call.generates and self._dispatcher.scheduler.hashes
-        header = last_of(request.requestHeaders).get
-        patience = header(b"x-stainless-read-timeout")
-        return Ticket(
-            model,
-            now,
-            tenant=principal.tenant,
-            weight=principal.weight,
-            priority=max(_PRIORITIES.get(header(b"x-gateway-priority", b""), 1), principal.priority),
-            deadline=math.inf if patience is None else now + _seconds(patience),
-            expires=now + self._queue_timeout,
-            size=len(call.body),
-            prompt_tokens=0 if hashes or not call.generates else len(call.body) // CHARACTERS + 1,
-            max_tokens=asked.most_tokens if call.generates else 0,
-            prompt=blocks_of(model, asked.prompt_text()) if hashes else NO_BLOCKS,
-            session=_session(header(b"x-session-id"), asked),
-            streams=bool(asked.stream),
-        )
-
-    def forwardable(self, request: Request) -> list[tuple[bytes, bytes]]:
-        """The headers of the client that go on to the backend."""
-        return wire.forwardable(pairs_of(request.requestHeaders), authorization=self._forward_authorization)
+async def _failure_of(serving: Awaitable[None], codes: frozenset[str]) -> GatewayError | None:
+    """Why it could not be served, if that is one of these codes. Raises what else goes wrong."""
+    try:
+        await serving
+    except GatewayError as failure:
+        if failure.code not in codes:
+            raise
+        return failure
+    return None
 
 
-_PRIORITIES: Final = {name.encode("ascii"): place for place, name in enumerate(PRIORITIES)}
-
-
-def _body(request: Request) -> bytes:
-    if request.getHeader(b"content-encoding") is not None:
-        raise GatewayError("unsupported_media_type", "Send the body without Content-Encoding.")
-    return body_of(request)
-
-
-def _note(record: Record, model: str, asked: asking.Request) -> None:
-    """What was asked for, into the record. Raises `GatewayError` model_not_allowed."""
-    record.model, record.stream = model, bool(asked.stream)
-    if record.principal.models is not None and not record.principal.may_use(model):
-        what = f"use the model '{model[:200]}'" if model else "leave the choice of a model to the gateway: name one"
-        message = f"This key may not {what}. GET /v1/models lists what it may use."
-        raise GatewayError("model_not_allowed", message, param="model")
-
-
-def _of_model(settings: ModelSettings, asked: wire.Call, record: Record) -> wire.Call:
-    """The request as it is sent to the backends of this model. Raises `GatewayError` if it asks for what it may not."""
-    record.served_model = settings.backend_model
-    body = settings.applied(asked.body)
-    if body is asked.body:
-        call = asked
-    else:
-        read = (
-            asked.endpoint.schema.read(body) if asked.generates else structs.replace(asked.asked, model=settings.backend_model)
-        )
-        native = asked.native and settings.applied(asked.native)
-        call = structs.replace(asked, body=body, asked=read, native=native)
-    ranges.check(call.asked, settings.ranges)
-    return call
-
-
-def _told(answer: Answer, call: wire.Call) -> Answer:
-    """The answer in the words of its client."""
-    translation = call.translation
-    if translation is None or (answer.status < 400 and (answer.native or not call.generates)):
-        return answer
-    if answer.status >= 400:
-        body = translation.refusal(answer.status, answer.body)
-    else:
-        try:
-            body = translation.answer(answer.body, answer.usage)
-        except ValueError as problem:
-            message = "The backend's answer is not a chat completion."
-            raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
-    kept = [pair for pair in answer.headers if pair[0].lower() != b"content-type"]
-    return answer._replace(headers=[*kept, (b"content-type", b"application/json")], body=body)
+def _traced(call: wire.Call, trace: Trace, attempt: int) -> wire.Call:
+    """The call as this attempt's backend gets it: part of our trace if we record one, else of its caller's."""
+    return structs.replace(call, headers=trace.onward(call.headers, attempt)) if trace.sampled else call
 
 
 async def _beating(heartbeat: Heartbeat, serving: Awaitable[None]) -> None:
@@ -422,18 +335,3 @@ async def _beating(heartbeat: Heartbeat, serving: Awaitable[None]) -> None:
         heartbeat.fail(error)
     finally:
         heartbeat.stop()
-
-
-def _session(header: bytes | None, asked: asking.Request) -> str | None:
-    """Whose conversation it is: as the header says, else the body. Longer names are no names."""
-    session = header.decode("latin-1") if header is not None else asked.session
-    return session if session and len(session) <= 256 else None
-
-
-def _seconds(header: bytes) -> float:
-    """The client's own patience; infinity if that is no sensible number."""
-    try:
-        seconds = float(header)
-    except ValueError:
-        return math.inf
-    return seconds if 0.0 < seconds < MAX_DEADLINE else math.inf

@@ -10,7 +10,7 @@ from twisted.web.server import Request
 
 from .core import standing
 from .core.errors import GatewayError
-from .core.prices import Price, Prices, of_model
+from .core.prices import Prices, of_record
 from .core.principal import NO_LIMITS, Limits, Principal
 from .core.ratelimit import MOST, Counts, Limited
 from .core.ratelimit import Limiter as Accounts
@@ -100,7 +100,7 @@ class Limiting:
     def limits_of(self, principal: Principal) -> Limits:
         """`NO_LIMITS` itself where nothing has to be counted."""
         limits = principal.limits
-        return self._default if limits is NO_LIMITS else limits
+        return self._default if limits == NO_LIMITS else limits
 
     def tell(self, request: Request, record: Record) -> None:
         """How the key stands, for an answer to a request that was not counted."""
@@ -112,10 +112,9 @@ class Limiting:
         """Let a request in that may ask for several ``choices``. Raises `Limited`, or `GatewayError` limits_unavailable."""
         prompt = ticket.prompt_tokens or ticket.prompt.total // CHARACTERS + 1
         answer = _answer(limits, prompt, ticket.max_tokens, choices)
-        price, money = None, 0
+        money = 0
         if limits.budget is not None and limits.budget.unit == "money":
-            price = of_model(self._prices, record.model)
-            money = price.of(Usage(prompt, answer))
+            money = of_record(self._prices, record).of(Usage(prompt, answer))
         try:
             reserved = self._limiter.reserve(_key(record), limits, prompt + answer, money)
             if isinstance(reserved, Deferred):
@@ -125,7 +124,8 @@ class Limiting:
             _set(request, limits, refused.counts)
             raise
         _set(request, limits, reserved.counts)
-        return Allowance(reserved, prompt, price, self._now)
+        prices = self._prices if limits.budget is not None and limits.budget.unit == "money" else None
+        return Allowance(reserved, prompt, prices, self._now)
 
     def state(self) -> LimitsState:
         """For whoever looks."""
@@ -135,12 +135,12 @@ class Limiting:
 class Allowance:
     """What one request was let in with, until it ends."""
 
-    __slots__ = ("_now", "_price", "_prompt", "_reservation")
+    __slots__ = ("_now", "_prices", "_prompt", "_reservation")
 
-    def __init__(self, reservation: Reservation, prompt: int, price: Price | None, now: Callable[[], float]) -> None:
+    def __init__(self, reservation: Reservation, prompt: int, prices: Prices | None, now: Callable[[], float]) -> None:
         self._reservation = reservation
         self._prompt = prompt
-        self._price = price
+        self._prices = prices
         self._now = now
 
     def end(self, record: Record, problem: BaseException | None = None) -> None:
@@ -152,14 +152,14 @@ class Allowance:
         usage = record.usage
         told = bool(usage.prompt_tokens or usage.completion_tokens)
         failed = isinstance(problem, GatewayError) or bool(record.code) or not record.attempts
-        if usage.estimated:  # a stream was seen, and this much of it
-            self._charge(Usage(self._prompt, usage.completion_tokens))
+        if usage.estimated and not isinstance(problem, GatewayError):  # a stream was seen, and this much of it
+            self._charge(Usage(self._prompt, usage.completion_tokens), record)
         elif told or failed:
-            self._charge(usage)
+            self._charge(usage, record)
         self._reservation.end()
 
-    def _charge(self, usage: Usage) -> None:
-        money = 0 if self._price is None else self._price.of(usage)
+    def _charge(self, usage: Usage, record: Record) -> None:
+        money = 0 if self._prices is None else of_record(self._prices, record).of(usage)
         self._reservation.settle(usage.prompt_tokens + usage.completion_tokens, money, self._now())
 
 

@@ -5,6 +5,7 @@ A line never holds a prompt, an answer or a key: the record it is made of has no
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -21,6 +22,7 @@ from twisted.python.logfile import LogFile
 from zope.interface import implementer
 
 from .core.record import Record
+from .core.repeats import Repeats
 
 MAX_TEXT: Final = 8 * 1024
 """Characters of a message or a traceback that a line keeps."""
@@ -90,6 +92,9 @@ class AccessText:
         if used.estimated and completion:
             completion += " estimated=true"
         queued = f" queue_ms={_ms(record.queued)}" if record.queued >= SHOWN else ""
+        trace = record.trace
+        if trace is not None:
+            after += f" trace_id={trace.trace_id} span_id={trace.span_id}"
         milliseconds = round((record.ended - record.started) * 1000, 2)
         return f"request_id={_text(record.request_id)}{before}{milliseconds}{queued}{prompt}{completion}{cached}{after}"
 
@@ -135,6 +140,9 @@ def access_fields(record: Record) -> Fields:
         fields["first_token_ms"] = _ms(record.first_token - record.started)
     _add_usage(fields, record)
     _add_caller(fields, record)
+    if record.trace is not None:
+        fields["trace_id"] = record.trace.trace_id
+        fields["span_id"] = record.trace.span_id
     if record.message:
         fields["error"] = record.message[:500]
     if record.detail:
@@ -218,7 +226,7 @@ class RotatedFile:
 
 @implementer(ILogObserver)
 class LineObserver:
-    """Writes each event as one line. ``write`` takes lines with their newlines.
+    """Writes each event as one line, but for warnings that repeat themselves; ``write`` takes lines with their newlines.
 
     The lines of requests (see `access`) are gathered for a moment and written together: under load
     a write for each would cost more than the line.
@@ -229,6 +237,7 @@ class LineObserver:
         self._json = style == "json"
         self._gathered: list[str] = []
         self._second = (0, "")
+        self._repeats = Repeats()
 
     def __call__(self, event: LogEvent) -> None:
         access = event.get("access")
@@ -238,6 +247,11 @@ class LineObserver:
         if "log_failure" in event:
             fields["traceback"] = event["log_failure"].getTraceback()[-MAX_TEXT:]
         self.flush()
+        if access is None and level >= LogLevel.warn:
+            # What a bug's line begins with is another request's id each time.
+            said = str(event.get("log_format")) if "log_failure" in event else fields["message"]
+            if not self._repeats.may_say(namespace, said, time()):
+                return
         self.write(self._line(event.get("log_time", 0.0), level.name, namespace, fields))
 
     def access(self, clock: IReactorTime) -> Callable[[Record], None]:
@@ -264,6 +278,16 @@ class LineObserver:
         if self._gathered:
             lines, self._gathered = self._gathered, []
             self.write("".join(lines))
+        self._tell_repeats(time())
+
+    def close(self) -> None:
+        """There will be no more: say what was kept back."""
+        self.flush()
+        self._tell_repeats(math.inf)
+
+    def _tell_repeats(self, now: float) -> None:
+        for namespace, text in self._repeats.over(now):
+            self.write(self._line(time(), "warn", namespace, Fields(message=text)))
 
     def _line(self, seconds: float, level: str, namespace: str, fields: Fields) -> str:
         when = self._time(seconds)

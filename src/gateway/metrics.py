@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Final
@@ -18,6 +17,7 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.http import parse_accept_header
 
 from .core.endpoints import ENDPOINTS
+from .core.histogram import Histogram
 from .core.look import Snapshot
 from .core.messages import MESSAGES
 from .core.record import Record
@@ -25,6 +25,8 @@ from .core.status import LimitsState, Status
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Buckets for durations; local models are slow, so they reach minutes."""
+
+OVERHEAD_SECONDS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 
 TOKEN_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 
@@ -44,22 +46,10 @@ LABELS_SECONDS: Final = 1.0
 """How long it is remembered which models there are."""
 
 
-class _Histogram:
-    """Counts of one series by bucket. Plain additions: there is one thread, and each request pays for them."""
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        self._counts[bisect_left(self._bounds, value)] += 1
-        self.total += value
-
-    def buckets(self) -> list[tuple[str, float]]:
-        """(upper bound, count so far), as Prometheus has them."""
-        names = [*map(floatToGoString, self._bounds), "+Inf"]
-        return list(zip(names, accumulate(map(float, self._counts)), strict=True))
+def buckets(seen: Histogram) -> list[tuple[str, float]]:
+    """(upper bound, count so far), as Prometheus has them."""
+    names = [*map(floatToGoString, seen.bounds), "+Inf"]
+    return list(zip(names, accumulate(map(float, seen.counts)), strict=True))
 
 
 class Metrics:
@@ -71,11 +61,12 @@ class Metrics:
         self._models = models
         self._started = now()
         self._requests: dict[tuple[str, str, str, int, str, str], int] = {}
-        self._duration: dict[str, _Histogram] = {}
-        self._queued: dict[str, _Histogram] = {}
+        self._duration: dict[str, Histogram] = {}
+        self._queued: dict[str, Histogram] = {}
         self._retries: dict[str, int] = {}
-        self._first_token: dict[str, _Histogram] = {}
-        self._per_token: dict[str, _Histogram] = {}
+        self._first_token: dict[str, Histogram] = {}
+        self._overhead: dict[str, Histogram] = {}
+        self._per_token: dict[str, Histogram] = {}
         self._tokens: dict[str, list[int]] = {}  # by model; prompt, completion, cached
         self._model_labels: dict[str, str] = {}
         self._labels_until = 0.0
@@ -85,13 +76,20 @@ class Metrics:
 
     def __call__(self, record: Record) -> None:
         """Count one request. Names that a caller can invent are never labels: unknown models are ``other``."""
-        model = self._model_label(record)
+        model = self.model_label(record)
         route = record.route
         ended = (route, model, record.backend, record.status, record.code, record.fault or "")
         self._requests[ended] = self._requests.get(ended, 0) + 1
         _observe(self._duration, route, SECONDS, record.ended - record.started)
         if record.backend:
             _observe(self._queued, route, SECONDS, record.queued)
+            tries = record.tries
+            if tries and tries[-1].replied:
+                overhead = tries[0].asked - record.started
+                if not record.stream:  # a stream's tokens come and go at their own pace
+                    overhead += record.ended - tries[-1].replied
+                seen = self._overhead.get(route) or self._overhead.setdefault(route, Histogram(OVERHEAD_SECONDS))
+                seen.observe(overhead)
             for code in record.retries:
                 self._retries[code] = self._retries.get(code, 0) + 1
         used = record.usage
@@ -108,7 +106,8 @@ class Metrics:
                 between = (record.last_token - record.first_token) / (used.completion_tokens - 1)
                 _observe(self._per_token, model, TOKEN_SECONDS, between)
 
-    def _model_label(self, record: Record) -> str:
+    def model_label(self, record: Record) -> str:
+        """The record's model, if it is one that a backend has; else "other"."""
         model = record.model
         if not model:
             return ""
@@ -184,6 +183,10 @@ class Metrics:
             "gateway_request_duration_seconds", "From the whole request in to the answer out.", "route", self._duration
         )
         yield _family("gateway_queue_wait_seconds", "From the whole request in to a backend for it.", "route", self._queued)
+        name = "gateway_overhead_seconds"
+        yield _family(
+            name, "Of the gateway's own: before a backend is asked for, after its answer is in.", "route", self._overhead
+        )
         name = "gateway_time_to_first_token_seconds"
         yield _family(name, "From the whole request in to the first token of a stream.", "route", self._first_token)
         name = "gateway_time_per_output_token_seconds"
@@ -201,17 +204,17 @@ class Metrics:
         yield from _gauges(self._status())
 
 
-def _observe(series: dict[str, _Histogram], label: str, bounds: Sequence[float], value: float) -> None:
+def _observe(series: dict[str, Histogram], label: str, bounds: Sequence[float], value: float) -> None:
     seen = series.get(label)
     if seen is None:
-        seen = series[label] = _Histogram(bounds)
+        seen = series[label] = Histogram(bounds)
     seen.observe(value)
 
 
-def _family(name: str, help: str, label: str, series: dict[str, _Histogram]) -> Metric:
+def _family(name: str, help: str, label: str, series: dict[str, Histogram]) -> Metric:
     family = HistogramMetricFamily(name, help, labels=[label])
     for value, seen in series.items():
-        family.add_metric([value], seen.buckets(), seen.total)
+        family.add_metric([value], buckets(seen), seen.total)
     return family
 
 

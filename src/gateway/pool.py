@@ -67,6 +67,7 @@ class Pool(Service):
         self._watchers: list[Watcher] = []
         self.windows: dict[str, Window] = {}
         """What is known of each model's window."""
+        self._state_watchers: list[Callable[[], object]] = []
         self._offers = {offer.name: offer for offer in self._all_offers()}
         self._shown = {name: health.state(clock.seconds()) for name, health in self._health.items()}
         self._change: IDelayedCall | None = None
@@ -94,6 +95,10 @@ class Pool(Service):
         self._watchers.append(watcher)
         for offer in self._offers.values():
             watcher(offer)
+
+    def watch_states(self, watcher: Callable[[], object]) -> None:
+        """Calls it when the state of a backend or of its breaker is another one."""
+        self._state_watchers.append(watcher)
 
     def models(self) -> list[dict[str, Any]]:
         """The entries of ``/v1/models`` of all backends; of one id, that of the first backend that has it."""
@@ -212,9 +217,14 @@ class Pool(Service):
 
     def _update(self) -> None:
         """Say what has changed, and wait for what changes by itself."""
+        changed = False
         for state in self.snapshot():
             before, self._shown[state.name] = self._shown[state.name], state
+            changed |= (before.state, before.breaker) != (state.state, state.breaker)
             _tell(before, state)
+        if changed:
+            for look in self._state_watchers:
+                look()
         for offer in self._all_offers():
             if offer != self._offers[offer.name]:
                 self._offers[offer.name] = offer

@@ -25,6 +25,7 @@ from .core.message_usage import MessageMeter
 from .core.record import Record
 from .core.scheduler import Scheduler
 from .core.tickets import Ticket
+from .core.trace_context import Trace
 
 _log: Final = Logger("gateway.relay")
 
@@ -64,6 +65,9 @@ def relay(
 
 async def _answer(answer: Answer, request: Request, record: Record) -> None:
     record.usage, record.finish_reason = answer.usage, answer.finish_reason
+    record.sent_bytes = len(answer.body)
+    if record.trace is not None and record.trace.sampled:
+        record.trace.answered(answer.body)
     in_stream = bool(request.startedWriting)  # comments have gone before
     if not in_stream:
         _start(answer, request, record)
@@ -145,7 +149,7 @@ def _event_of(failure: GatewayError, record: Record) -> bytes:
     return record.error_form.event(record.error_form.body(failure, record.request_id))
 
 
-def _unbuffered(request: Request) -> None:
+def unbuffered(request: Request) -> None:
     """Proxies on the way pass events on as they come."""
     request.setHeader(b"cache-control", b"no-cache")
     request.setHeader(b"x-accel-buffering", b"no")
@@ -176,7 +180,7 @@ class Heartbeat:
             self._record.status = 200
             self._request.setResponseCode(200)
             self._request.setHeader(b"content-type", b"text/event-stream")
-            _unbuffered(self._request)
+            unbuffered(self._request)
         self._request.write(self._comment())
 
     def _comment(self) -> bytes:
@@ -220,11 +224,13 @@ class _Watch:
         self._now = now
         self._decoder = sse.Decoder()
         self._meter = MessageMeter() if stream.native else endpoint_of(record.route).meter()
+        self._sent = 0
+        self._trace = record.trace if record.trace is not None and record.trace.sampled else None
 
     @property
     def done(self) -> bool:
         """The answer is whole: its last event has passed."""
-        return self._meter.done
+        return self._meter.done or (self._told is not None and self._told.failed)
 
     def receive(self, data: bytes) -> None:
         """Write the events that these bytes complete. Raises `BackendFailed` if one grows beyond all bounds."""
@@ -235,6 +241,8 @@ class _Watch:
             raise BackendFailed("backend_protocol_error", message, detail=str(problem)) from None
         if not events:
             return
+        if self._trace is not None:
+            self._look(self._trace, events)
         now = self._now()
         meter, hide, told = self._meter, self._stream.usage_added, self._told
         passed = []
@@ -244,7 +252,7 @@ class _Watch:
                 passed.append(told.see(event))
             elif not added:
                 passed.append(event.raw)
-        if meter.done:
+        if meter.done or (told is not None and told.failed):
             self._stream.expect_end()
             if told is not None:
                 passed.append(told.end(meter.usage))
@@ -255,14 +263,24 @@ class _Watch:
         if data:
             if not self._request.startedWriting:
                 self._start()
+            self._sent += len(data)
             self._request.write(data)
+
+    def _look(self, trace: Trace, events: list[sse.Event]) -> None:
+        """The first event that says something names the answer."""
+        for event in events:
+            if event.data is not None and self._trace is not None:
+                trace.answered(event.data)
+                self._trace = None
 
     def _start(self) -> None:
         _start(self._stream, self._request, self._record)
-        _unbuffered(self._request)
+        unbuffered(self._request)
 
     def check_end(self, *, framed: bool) -> None:
         """Raises `BackendFailed` if the stream stopped before its answer was whole."""
+        if self._told is not None and self._told.failed:
+            return
         if self._meter.done or self._meter.failed or (framed and self._meter.whole and not self._decoder.pending.strip()):
             if self._told is not None:
                 self._pass(self._told.end(self._meter.usage))
@@ -274,5 +292,8 @@ class _Watch:
         meter, record = self._meter, self._record
         record.usage, record.finish_reason = meter.usage, meter.finish_reason
         record.first_token, record.last_token = meter.first_token, meter.last_token
+        record.sent_bytes = self._sent
         if meter.failed:
             record.failed(BackendFailed("backend_error", "The backend sent an error in its stream."))
+        elif self._told is not None and self._told.failed:
+            record.failed(BackendFailed("backend_protocol_error", "The backend's stream is no chat completion."))

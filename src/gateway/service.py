@@ -1,68 +1,67 @@
-"""The composition root: options, the parts and how they are joined, start, and drain.
+"""The composition root: the parts and how they are joined, start, and drain.
 
-Only this module knows the process: its files, environment, signals, clocks and reactor.
+Only this module knows the reactor; with `process` and `parts` it is the only one that knows the process: its files,
+environment, signals and clocks.
 """
 
 from __future__ import annotations
 
 import gc
-import ipaddress
 import os
-import resource
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
+from random import getrandbits
 from typing import TYPE_CHECKING, Any, Final
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import ILogObserver, Logger
 from twisted.web.server import Request
 
 from . import __version__
-from .app import App
+from .app import App, Observer
 from .backend import Backend, HTTPBackend
-from .core.auth import Auth
+from .calls import Calls
+from .core import otel_settings
 from .core.backend_settings import BackendSettings
+from .core.live import Live
 from .core.policy import POLICIES
 from .core.principal import NO_LIMITS
 from .core.principal import Limits as KeyLimits
-from .core.readers import SettingsError
 from .core.record import Record
 from .core.retry_budget import RetryBudget
 from .core.scheduler import Scheduler
 from .core.settings import Settings
+from .core.spans import Place, place_of
 from .core.status import Status
 from .core.tickets import Bounds
+from .core.trace_context import Tracing
+from .dashboard import Dashboard
 from .dispatch import Dispatcher
 from .echo import EchoBackend
 from .exchange import Timeouts
-from .guard import Guard
 from .hedge import Hedge
 from .inference import Inference
-from .jwks import Jwks
-from .keys_file import KeysFile
-from .limiter import Limiter, Limiting, LocalLimiter
-from .logs import LineObserver, RotatedFile, StandardOutput, access_log
+from .ledger import Ledger
+from .limiter import Limiting
+from .logs import LineObserver, RotatedFile, access_log
+from .loop_delay import LoopDelay
 from .metrics import Metrics
 from .net.agent import Agent, BackendClient
 from .net.channel import Limits
 from .net.server import Server
+from .parts import guard_of, ledger_of, limiter_of
 from .pool import Pool
+from .process import allow_files, check_pidfile, is_loopback, listen, log_observer
 from .relay import Heartbeat, no_heartbeat
 from .windows import Windows
 
 if TYPE_CHECKING:
-    from .core.jwt_tokens import Verifier
-
-BACKLOG: Final = 4096
-SPARE_FILES: Final = 100
+    from .telemetry import Telemetry
 
 FLUSH_SECONDS: Final = 2.0
 """How long answers that are complete may take to leave, at the very end."""
@@ -70,108 +69,14 @@ FLUSH_SECONDS: Final = 2.0
 _log: Final = Logger("gateway.service")
 
 
-class StartError(Exception):
-    """The gateway cannot start, for a reason that is one line."""
-
-
 def make_gateway(settings: Settings, twistd: Mapping[str, Any]) -> Gateway:
     """The whole gateway, its socket bound and its log open; ``twistd`` has twistd's own options. Raises `StartError`."""
     from twisted.internet import reactor  # noqa: PLC0415 - which one it is has been decided by now
 
-    _check_pidfile(twistd.get("pidfile"))
-    listening = _listen(settings.host, settings.port)
-    _allow_files(2 * settings.max_connections + SPARE_FILES)
-    return Gateway(settings, reactor, listening, _observer(twistd, settings))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket, not yet listening on the reactor."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        both = address[0] == "::" and socket.has_dualstack_ipv6()
-        listening = socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
-    except OSError as problem:
-        # create_server puts the address into strerror, which this line already names; a look-up has words of its own.
-        own_words = isinstance(problem, socket.gaierror)
-        why = os.strerror(problem.errno) if problem.errno and not own_words else problem.strerror or problem
-        raise StartError(f"cannot listen on {host} port {port} (--host, --port): {why}") from None
-    listening.setblocking(False)
-    return listening
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _allow_files(wanted: int) -> None:
-    """Each client and each backend connection is an open file; many systems allow 1,024 unless asked for more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _observer(twistd: Mapping[str, Any], settings: Settings) -> LineObserver | None:
-    """Where log lines go: as twistd was told, but in lines of ours. None: twistd was told to log elsewhere."""
-    if "nodaemon" not in twistd or twistd.get("syslog") or twistd.get("logger"):
-        return None
-    path = twistd.get("logfile") or ("-" if twistd.get("nodaemon") else "twistd.log")
-    if path == "-":
-        if not twistd.get("nodaemon"):
-            raise StartError("a daemon cannot log to standard output: give twistd --logfile a path, or -n")
-        return LineObserver(StandardOutput(), settings.log_format)
-    try:
-        file = RotatedFile(Path(path), settings.log_file_size, settings.log_files)
-    except OSError as problem:
-        raise StartError(f"cannot write the log file {path}: {problem.strerror}") from None
-    return LineObserver(file, settings.log_format)
-
-
-def _check_pidfile(path: str | None) -> None:
-    """twistd itself would find out only as a daemon."""
-    if path and not os.access(Path(path).absolute().parent, os.W_OK):
-        raise StartError(f"cannot write the pidfile {path} (twistd --pidfile)")
-
-
-def _make_verifier(settings: Settings) -> Verifier:
-    """Verifies tokens by the key that the settings name; by none yet if it is to be fetched. Raises `StartError`."""
-    try:
-        from .core import jwt_tokens  # noqa: PLC0415 - an optional part
-    except ImportError:
-        raise StartError("GATEWAY_JWT_...: PyJWT is not installed: pip install 'inference-gateway[jwt]'") from None
-    rules = jwt_tokens.Rules(
-        settings.jwt_algorithms, settings.jwt_issuer, settings.jwt_audience, settings.jwt_leeway, dict(settings.jwt_claims)
-    )
-    if settings.jwt_key:
-        return jwt_tokens.Verifier(rules, [jwt_tokens.secret_signer(settings.jwt_key)])
-    if settings.jwt_key_file:
-        try:
-            return jwt_tokens.Verifier(rules, jwt_tokens.read_signers(Path(settings.jwt_key_file).read_bytes()))
-        except (OSError, ValueError) as problem:
-            why = problem.strerror if isinstance(problem, OSError) else problem
-            raise StartError(f"GATEWAY_JWT_KEY_FILE: {settings.jwt_key_file}: {why}") from None
-    return jwt_tokens.Verifier(rules)
-
-
-def _use_signers(verifier: Verifier, auth: Auth, body: bytes) -> None:
-    """Verify by what a JWK set says from now on. Raises ValueError."""
-    if verifier.use(body):
-        auth.forget_tokens()
-
-
-def _limiter(settings: Settings, reactor: Any) -> Limiter:
-    """Who counts what limits allow. Raises `StartError`."""
-    if settings.redis_url is None:
-        return LocalLimiter(reactor.seconds, time.time)
-    try:
-        from .redis_limiter import RedisLimiter  # noqa: PLC0415 - an optional part
-    except ImportError:
-        raise StartError("GATEWAY_REDIS_URL needs txredisapi: pip install 'inference-gateway[redis]'") from None
-    fail_open = settings.limits_fail == "open"
-    return RedisLimiter(settings.redis_url, reactor, time.time, settings.redis_timeout, fail_open=fail_open)
+    check_pidfile(twistd.get("pidfile"))
+    listening = listen(settings.host, settings.port)
+    allow_files(2 * settings.max_connections)
+    return Gateway(settings, reactor, listening, log_observer(twistd, settings), ledger_of(settings, reactor))
 
 
 class Gateway(Service):
@@ -180,31 +85,48 @@ class Gateway(Service):
     name = "inference-gateway"
 
     def __init__(
-        self, settings: Settings, reactor: Any, listening: socket.socket, observer: LineObserver | None = None
+        self,
+        settings: Settings,
+        reactor: Any,
+        listening: socket.socket,
+        observer: LineObserver | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._settings = settings
         self._reactor = reactor
         self._listening = listening
         self._observer = observer
+        self._ledger = ledger
         self._port: IListeningPort | None = None
         self._stopping = False
         self._hurry: Deferred[None] = Deferred()
         self._agents: dict[float, Agent] = {}
-        self._watching: list[Service] = []
-        guard = self._make_guard()
+        guard, self._watching = guard_of(settings, reactor, BackendClient(self._agent(settings.connect_timeout)))
         self._asks = guard is not None
         self.backends = [self._make_backend(own) for own in settings.backends] or [EchoBackend(reactor, time.time)]
         self.pool = Pool(self.backends, settings, reactor)
         scheduler = Scheduler(
             POLICIES[settings.policy](), Bounds(settings.queue_requests, settings.queue_bytes, settings.priority_aging)
         )
-        self.limiter = _limiter(settings, reactor)
+        self.limiter = limiter_of(settings, reactor)
         default = KeyLimits(settings.limit_requests, settings.limit_tokens, settings.limit_concurrency)
         default = NO_LIMITS if default == NO_LIMITS else default
         self.limiting = Limiting(self.limiter, reactor.seconds, default, settings.prices)
         self.dispatcher = Dispatcher(scheduler, self.pool, {one.name: one for one in self.backends}, reactor)
         metrics = Metrics(self.status, reactor.seconds, settings.models)
-        observers = (metrics, access_log if observer is None else observer.access(reactor))
+        live = Live(reactor.seconds())
+        self._dashboard = Dashboard(live, self.status, settings.policy, reactor)
+        self.pool.watch_states(self._dashboard.changed)
+        self.loop_delay = LoopDelay(reactor)
+        metrics.registry.register(self.loop_delay)
+        observers: list[Observer] = [metrics, live, access_log if observer is None else observer.access(reactor)]
+        if ledger is not None:
+            observers.append(ledger)
+            metrics.registry.register(ledger)
+        self.telemetry, tracing = self._make_telemetry(metrics, os.environ)
+        if self.telemetry is not None:
+            metrics.registry.register(self.telemetry)
+            observers.append(self.telemetry)
         self.app = App(
             self._make_inference(),
             self.dispatcher,
@@ -212,38 +134,14 @@ class Gateway(Service):
             metrics,
             observers,
             reactor.seconds,
-            admin=settings.admin == "on" or (settings.admin == "auto" and (self._asks or _is_loopback(settings.host))),
+            dashboard=self._dashboard,
+            admin=settings.admin == "on" or (settings.admin == "auto" and (self._asks or is_loopback(settings.host))),
             guard=guard,
             models=settings.models,
+            tracing=tracing,
         )
         limits = Limits(settings.max_body, settings.max_connections, settings.client_timeout, settings.idle_timeout)
         self.server = Server(self.app.resource(), limits, reactor, self.app.refused, self.app.known())
-
-    def _make_guard(self) -> Guard | None:
-        """Who asks for keys, if there are any. Raises `StartError`."""
-        settings, reactor = self._settings, self._reactor
-        verified = settings.jwt_key or settings.jwt_key_file or settings.jwt_jwks_url
-        if not settings.keys and not verified:
-            if not _is_loopback(settings.host) and not settings.insecure_open:
-                raise StartError(
-                    f"--host {settings.host} is not loopback, and nobody is asked for a key: "
-                    "set GATEWAY_KEYS or GATEWAY_JWT_..., or say --insecure-open"
-                )
-            return None
-        verifier = _make_verifier(settings) if verified else None
-        auth = Auth(verifier)
-        jwks = None
-        if settings.jwt_jwks_url and verifier is not None:
-            use = partial(_use_signers, verifier, auth)
-            jwks = Jwks(settings.jwt_jwks_url, BackendClient(self._agent(settings.connect_timeout)), reactor, use)
-            self._watching.append(jwks)
-        if settings.keys:
-            try:
-                in_thread = partial(deferToThreadPool, reactor, reactor.getThreadPool())
-                self._watching.append(KeysFile(Path(settings.keys), reactor, auth.use_keys, in_thread))
-            except SettingsError as problem:
-                raise StartError(f"GATEWAY_KEYS: {problem}") from None
-        return Guard(auth, time.time, jwks=jwks, metrics_open=settings.metrics_open)
 
     def _agent(self, connect_timeout: float) -> Agent:
         """Who connects to servers within this time; there is one for each such time."""
@@ -251,6 +149,19 @@ class Gateway(Service):
         if agent is None:
             agent = self._agents[connect_timeout] = Agent(self._reactor, connect_timeout)
         return agent
+
+    def _make_telemetry(self, metrics: Metrics, environ: Mapping[str, str]) -> tuple[Telemetry | None, Tracing | None]:
+        """Its observer, and what says which requests it has spans of; neither where nobody wants any."""
+        if not otel_settings.is_wanted(self._settings.otel, environ):
+            return None, None
+        from .telemetry import Telemetry  # noqa: PLC0415 - a part that most do not use
+
+        settings = otel_settings.read(environ, __version__)
+        host, port = self._listening.getsockname()[:2]
+        here, backends = Place(host, port), {own.name: place_of(own.url) for own in self._settings.backends}
+        client = BackendClient(self._agent(self._settings.connect_timeout))
+        made = Telemetry(settings, client, self._reactor, time.time, here, backends, self.status, metrics.model_label)
+        return made, Tracing(settings.ratio, getrandbits, by_parent=settings.by_parent) if settings.traces else None
 
     def _make_backend(self, own: BackendSettings) -> Backend:
         return HTTPBackend(
@@ -274,19 +185,23 @@ class Gateway(Service):
         def heartbeat(request: Request, record: Record, scheduler: Scheduler) -> Heartbeat:
             return Heartbeat(request, record, scheduler, reactor, interval)
 
+        calls = Calls(
+            self.dispatcher.scheduler,
+            forward_authorization=settings.forward_authorization,
+            queue_timeout=settings.queue_timeout,
+            strict=settings.validation == "strict",
+            models=settings.models,
+        )
         return Inference(
             self.dispatcher,
             reactor.seconds,
             RetryBudget(settings.retry_budget),
             self.limiting,
-            forward_authorization=settings.forward_authorization,
-            queue_timeout=settings.queue_timeout,
+            calls,
             max_attempts=settings.max_attempts,
             heartbeat=heartbeat if interval else no_heartbeat,
             hedge=Hedge(reactor) if settings.hedge else None,
-            strict=settings.validation == "strict",
             windows=Windows(self.pool, {one.name: one for one in self.backends}) if settings.count_tokens else None,
-            models=settings.models,
         )
 
     def status(self) -> Status:
@@ -315,6 +230,11 @@ class Gateway(Service):
         for watching in self._watching:
             watching.startService()
         self.limiter.start()
+        if self._ledger is not None:
+            self._ledger.startService()
+        self.loop_delay.startService()
+        if self.telemetry is not None:
+            self.telemetry.startService()
         gc.collect()
         gc.freeze()  # what is there now stays: the collector need not look at it again and again
         self._reactor.callWhenRunning(self._is_running)
@@ -372,6 +292,7 @@ class Gateway(Service):
         grace = self._settings.grace
         end = time.monotonic() + grace
         self.app.draining = True
+        self._dashboard.stop()
         self.server.drain()
         _log.info("stopping: requests in flight get {grace:g} s", grace=grace)
         await self._first_of(grace, self.app.finished(), self._hurry)
@@ -385,6 +306,10 @@ class Gateway(Service):
             await self._first_of(max(end - time.monotonic(), 0.0), drained, self._hurry)
         await self._first_of(FLUSH_SECONDS, drained)
         self.server.abort()
+        self.loop_delay.stopService()
+        if self.telemetry is not None:
+            await self._first_of(FLUSH_SECONDS, ensureDeferred(self.telemetry.finish()))
+            self.telemetry.stopService()
         self.pool.stopService()
         for watching in self._watching:
             watching.stopService()
@@ -393,7 +318,11 @@ class Gateway(Service):
         self.limiter.stop()
         for agent in self._agents.values():
             agent.close()
+        if self._ledger is not None:
+            await self._ledger.stopService()
         super().stopService()
+        if self._observer is not None:
+            self._observer.close()
         _log.info("stopped")
 
     async def _first_of(self, seconds: float, *events: Deferred[None]) -> None:

@@ -168,7 +168,7 @@ def test_a_bad_field_is_named_by_its_path(endpoint: Endpoint, more: Any, code: s
     ],
 )
 def test_the_message_says_what_was_expected_and_what_was_found(endpoint: Endpoint, more: Any, message: str) -> None:
-    assert message in refusal(endpoint, {**LEAST[endpoint], **more}).message
+    assert message in refusal(endpoint, {**LEAST[endpoint], **more}).told
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=ENDPOINTS)

@@ -73,6 +73,8 @@ def test_an_empty_value_is_as_good_as_none() -> None:
         (file(prot=1), "gateway.toml: unknown setting 'prot'; known are port, host"),
         (Source(".env", "dotenv", {"GATEWAY_GRCE": "5"}), ".env: unknown setting 'GATEWAY_GRCE'"),
         (file(config="x"), "gateway.toml: unknown setting 'config'"),
+        (env(GATEWAY_LEDGER="mysql://u:p@h/d"), "GATEWAY_LEDGER: the value is not the path of an SQLite file, a URL such as"),
+        (file(prices={"m": {"promt": 1}}), "gateway.toml: prices.'m': unknown key 'promt'"),
     ],
 )
 def test_a_bad_value_or_an_unknown_key_is_named_with_where_it_stands(source: Source, says: str) -> None:
@@ -80,6 +82,12 @@ def test_a_bad_value_or_an_unknown_key_is_named_with_where_it_stands(source: Sou
         resolve([source])
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_ledger_is_kept_only_by_those_who_want_it() -> None:
+    assert resolve([]).ledger is None
+    assert not resolve([file(ledger="usage.sqlite"), env(GATEWAY_LEDGER="off")]).ledger
+    assert resolve([env(GATEWAY_LEDGER="postgresql://u:p@h/d")]).ledger == "postgresql://u:p@h/d"
 
 
 def test_a_secret_is_never_shown() -> None:

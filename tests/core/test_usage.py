@@ -32,6 +32,17 @@ def test_usage_comes_from_the_usage_chunk_which_is_told_apart() -> None:
     assert meter.done
 
 
+def test_reasoning_tokens_are_some_of_the_completions() -> None:
+    counts = {"prompt_tokens": 7, "completion_tokens": 20, "completion_tokens_details": {"reasoning_tokens": 15}}
+    meter = UsageMeter()
+    assert meter.see(event({"choices": [], "usage": counts}), 1.0)
+    assert meter.usage == Usage(7, 20, reasoning_tokens=15)
+    assert of_answer(json.dumps({"choices": [], "usage": counts}).encode())[0] == meter.usage
+    counts["completion_tokens_details"] = {"reasoning_tokens": None}
+    assert meter.see(event({"choices": [], "usage": counts}), 1.0)
+    assert meter.usage == Usage(7, 20)
+
+
 def test_llama_server_tells_its_usage_in_the_timings_of_the_last_chunk() -> None:
     meter = UsageMeter()
     last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}

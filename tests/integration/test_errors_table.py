@@ -236,6 +236,7 @@ CASES: dict[str, Callable[[Path], Told]] = {
 }
 
 ELSEWHERE = {
+    "too_many_viewers": "more watch the dashboard than may: test_dashboard.py has them",
     "no_signing_keys": "an issuer that never answers: test_auth.py has one",
     "internal_error": "a bug, which a running gateway cannot be asked for: test_app.py makes one",
     "rejected_by_backend": "nobody is told it: test_the_log_has_what_no_client_is_told",

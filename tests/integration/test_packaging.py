@@ -51,6 +51,7 @@ def test_a_new_environment_has_the_plugin(tmp_path: Path, wheel: Path, how: str)
     run(python, "-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", *what, cwd=tmp_path)
     assert "inference-gateway" in run(tmp_path / "venv/bin/twistd", "--help", cwd=tmp_path)
     assert "keys" in run(tmp_path / "venv/bin/inference-gateway", "--help", cwd=tmp_path)
+    assert "--by" in run(tmp_path / "venv/bin/inference-gateway", "usage", "--help", cwd=tmp_path)
     assert "--backend-url=" in run(tmp_path / "venv/bin/twistd", "inference-gateway", "--help", cwd=tmp_path)
 
 
@@ -59,6 +60,8 @@ def test_the_wheel_holds_the_package_and_the_plugin_and_nothing_else(wheel: Path
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     assert "twisted/plugins/inference_gateway.py" in names
     assert "gateway/py.typed" in names
+    assert {"gateway/sql/sqlite-1.sql", "gateway/sql/postgresql-1.sql"} <= set(names)
+    assert "gateway/dashboard.html" in names
     assert {name.split("/")[0] for name in names} == {"gateway", "twisted"}
     assert [name for name in names if name.startswith("twisted/")] == ["twisted/plugins/inference_gateway.py"]
     assert not [name for name in names if "dropin.cache" in name or "__pycache__" in name]

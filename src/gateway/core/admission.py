@@ -106,6 +106,10 @@ class AdmissionQueue:
         """Those that tickets wait for."""
         return {model for model, _, _ in self.lines}
 
+    def tenants(self) -> dict[str, int]:
+        """How many tickets wait, by tenant."""
+        return dict(self._waiting)
+
     def scan(self, models: set[str], now: float, most: int) -> Iterator[Ticket]:
         """Tickets for these models in the order in which they should be served, so many at most; the queue must not change
         meanwhile."""

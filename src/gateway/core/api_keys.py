@@ -120,7 +120,7 @@ FIELDS: Final = (
     Field("budget", budget, "tokens or money per day or month (UTC): `1000000 tokens/day`, `25.50 money/month`"),
     Field("priority", readers.choice(*PRIORITIES), "its most urgent priority: interactive (the default), default or batch"),
     Field("weight", readers.number(0.001, 1000), "its tenant's share of the work beside other tenants; default 1"),
-    Field("admin", boolean, "`true`: it may use the routes under `/admin`, and `/metrics`"),
+    Field("admin", boolean, "`true`: it may use `/dashboard`, `/metrics` and the routes under `/admin`"),
     Field("expires", moment, "from when on it is no longer valid"),
     Field("revoked", moment, "since when it is not valid, whatever the rest says"),
     Field("account", key_id, "id of the key that it came in the place of: the limits of both are counted together"),

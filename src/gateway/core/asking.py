@@ -36,6 +36,9 @@ class Request(Asked, kw_only=True):
     most_tokens: ClassVar[int | None] = 0
     """The longest answer that is asked for, in tokens; None: no bound."""
 
+    choices: ClassVar[int] = 1
+    """Answers that it makes a backend generate."""
+
     model: str | None = None
     user: str | None = None
 
@@ -82,6 +85,10 @@ class Completes(Generates, kw_only=True):
     @property
     def include_usage(self) -> bool:  # type: ignore[override]
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def choices(self) -> int:  # type: ignore[override]
+        return self.n or 1
 
     @property
     def most_tokens(self) -> int | None:  # type: ignore[override]

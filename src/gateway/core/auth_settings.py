@@ -71,6 +71,8 @@ def problem(settings: Settings) -> str | None:
     sources = [name for name in ("jwt_key", "jwt_key_file", "jwt_jwks_url") if getattr(settings, name)]
     if len(sources) > 1:
         return " and ".join(f"GATEWAY_{name.upper()}" for name in sources) + ": give one of them"
+    if (settings.jwt_issuer or settings.jwt_audience) and not sources:
+        return "--jwt-issuer, --jwt-audience: nothing to verify tokens by: give GATEWAY_JWT_KEY, _KEY_FILE or _JWKS_URL too"
     if settings.jwt_jwks_url and not (settings.jwt_issuer and settings.jwt_audience):
         return "GATEWAY_JWT_JWKS_URL: give GATEWAY_JWT_ISSUER and GATEWAY_JWT_AUDIENCE too: its keys sign for others as well"
     if settings.jwt_key and "HS256" not in settings.jwt_algorithms:

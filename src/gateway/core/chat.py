@@ -246,7 +246,9 @@ class ChatRequest(Completes, kw_only=True):
 
     @property
     def most_tokens(self) -> int | None:  # type: ignore[override]
-        most = self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+        most, other = self.max_completion_tokens, self.max_tokens
+        if most is None or (other is not None and (other < 0 or other > most >= 0)):
+            most = other  # engines differ in which of the two they go by
         return None if most is None or most < 0 else most
 
     def prompt_text(self) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from .asking import Completes, Text, TopLogprobs, check_one_kind, text_of
+from .asking import Completes, Text, TopLogprobs, check_one_kind, text_of, texts_of
 from .schema import wrong
 
 
@@ -18,6 +18,10 @@ class CompletionRequest(Completes, kw_only=True):
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=128)] | None = None
     logprobs: TopLogprobs | None = None
+
+    @property
+    def choices(self) -> int:  # type: ignore[override]
+        return max(self.n or 1, self.best_of or 1) * len(texts_of(self.prompt))
 
     def prompt_text(self) -> str:
         return text_of(self.prompt)

@@ -59,6 +59,7 @@ CODES: Final[dict[str, Code]] = {
     "no_backend": Code(503, "service_unavailable_error", "gateway"),
     "queue_timeout": Code(503, "service_unavailable_error", "gateway"),
     "draining": Code(503, "service_unavailable_error", "gateway"),
+    "too_many_viewers": Code(503, "service_unavailable_error", "gateway"),
     "no_signing_keys": Code(503, "service_unavailable_error", "gateway"),
     "limits_unavailable": Code(503, "service_unavailable_error", "gateway"),
     "connect_timeout": Code(504, "server_error", "backend"),
@@ -75,7 +76,7 @@ class GatewayError(Exception):
 
     ``code`` is a key of `CODES`; ``param`` the path of the field at fault (``messages[0].role``);
     ``retry_after`` seconds until a retry makes sense, and ``should_retry`` what the status alone does not tell of that;
-    ``allow`` the methods a 405 names; ``detail`` is for the log alone.
+    ``allow`` the methods a 405 names; ``detail`` is for the log alone, ``found``, what the caller sent, for the caller alone.
     """
 
     def __init__(
@@ -88,9 +89,11 @@ class GatewayError(Exception):
         should_retry: bool | None = None,
         allow: tuple[str, ...] = (),
         detail: str = "",
+        found: str = "",
     ) -> None:
         super().__init__(message)
         self.code = code
+        self.found = found
         self.status, self.type, self.fault = CODES[code]
         self.message = message
         self.param = param
@@ -102,7 +105,7 @@ class GatewayError(Exception):
     @property
     def told(self) -> str:
         """What the client is told; the log gets ``message``."""
-        return self.message
+        return f"{self.message.removesuffix('.')}{self.found}." if self.found else self.message
 
     def body(self) -> bytes:
         """The OpenAI error object, as JSON."""

@@ -18,7 +18,8 @@ class Candidate(NamedTuple):
 
 class Snapshot(NamedTuple):
     """Numbers to show: waiting tickets by priority and their bytes; by backend, requests in flight and tokens that its cache
-    is thought to hold; prompt tokens thought to be cached and said to have been; token work done by tenant."""
+    is thought to hold; prompt tokens thought to be cached and said to have been; by tenant, token work done and waiting
+    tickets."""
 
     depth: dict[str, int]
     bytes: int
@@ -27,3 +28,4 @@ class Snapshot(NamedTuple):
     predicted_cached_tokens: int
     actual_cached_tokens: int
     served: dict[str, float]
+    waiting: dict[str, int]

@@ -136,7 +136,7 @@ class MessageStream:
         self._stops = stops
         self._request_id = request_id
         self._begun = False
-        self._ended = False
+        self._ended = self.failed = False
         self._kind: _Kind | None = None  # of the block that is open
         self._index = -1  # its place
         self._calls = 0  # of tools, so far
@@ -178,7 +178,7 @@ class MessageStream:
 
     def fail(self, status: int, message: str) -> bytes:
         """The answer ends here and is not whole: an error of this HTTP status."""
-        self._ended = True
+        self._ended = self.failed = True
         return anthropic_event(anthropic_body(status, message, self._request_id))
 
     def _failed(self, error: object) -> bytes:

@@ -70,7 +70,7 @@ class MessageMeter:
     def usage(self) -> Usage:
         """What the backend reported, else an estimate: one token for each delta."""
         found = _usage(self._said)
-        if found.completion_tokens or not self._deltas:
+        if self.done or found.completion_tokens >= self._deltas:
             return found
         return Usage(found.prompt_tokens, self._deltas, found.cached_tokens, estimated=True)
 

@@ -15,6 +15,9 @@ from .schema import Asked, Schema, wrong
 MESSAGES: Final = "/v1/messages"
 COUNT_TOKENS: Final = "/v1/messages/count_tokens"
 
+MAX_STOPS: Final = 4
+"""As many as a chat completion takes."""
+
 BYTES: Final = 4
 """Of a prompt's JSON in one token, where no tokenizer is at hand: about what English takes. Images count as their bytes."""
 
@@ -194,6 +197,11 @@ class MessagesRequest(Prompt, kw_only=True):
     top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
     stream: bool = False
     metadata: Metadata | None = None
+
+    def check(self) -> None:
+        super().check()
+        if self.stop_sequences is not None and len(self.stop_sequences) > MAX_STOPS:
+            raise wrong("stop_sequences", f"at most {MAX_STOPS} may be given, got {len(self.stop_sequences)}")
 
 
 REQUEST: Final = Schema(MessagesRequest)

@@ -14,9 +14,11 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from . import readers
+from .chat import ChatRequest
 from .errors import UNDECODABLE, GatewayError
-from .ranges import Ranges
+from .ranges import Ranges, check
 from .readers import Reader, SettingsError
+from .schema import Schema
 
 MAX_MODELS: Final = 1000
 MAX_DEFAULTS: Final = 100
@@ -42,7 +44,7 @@ class ModelSettings(NamedTuple):
     fallbacks: tuple[str, ...] = ()
     ranges: Ranges = ANYTHING
 
-    def applied(self, body: bytes) -> bytes:
+    def applied(self, body: bytes, *, defaults: bool = True) -> bytes:
         """The request as this model's backends are to see it; fields that do not change keep their own bytes.
 
         Raises `GatewayError` invalid_json if a field's name is no text.
@@ -51,7 +53,8 @@ class ModelSettings(NamedTuple):
             fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         except UNDECODABLE as error:
             raise GatewayError("invalid_json", f"The request body is not valid JSON: {error}.") from None
-        added = {name: value for name, value in self.defaults.items() if name not in fields and SAME.get(name) not in fields}
+        own = self.defaults if defaults else {}
+        added = {name: value for name, value in own.items() if name not in fields and SAME.get(name) not in fields}
         if not added and fields.get("model") == self._written:
             return body
         return msgspec.json.encode({**fields, **added, "model": self._written})
@@ -81,6 +84,7 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(_name(one) for one in value)
 
 
+_CHAT: Final = Schema(ChatRequest)
 _RANGES: Final[dict[str, Reader]] = {
     "max_tokens": readers.whole_number(1, MAX_TOKENS),
     "context_length": readers.whole_number(1, MAX_TOKENS),
@@ -147,7 +151,18 @@ def _made(where: str, name: str, found: Any) -> ModelSettings:
     given: dict[str, Any] = {"backend_model": name}
     for key, value in _table(where, found).items():
         given[key] = _TABLES[key](f"{where}.{key}", value) if key in _TABLES else _read(where, key, value, known)
-    return ModelSettings(name, **given)
+    made = ModelSettings(name, **given)
+    _check_defaults(f"{where}.defaults", made)
+    return made
+
+
+def _check_defaults(where: str, made: ModelSettings) -> None:
+    """Raises `SettingsError` for values that every chat completion would be refused for."""
+    frame = {"messages": [{"role": "user", "content": ""}]}
+    try:
+        check(_CHAT.read(msgspec.json.encode({**frame, **made.defaults})), made.ranges)
+    except GatewayError as problem:
+        raise SettingsError(f"{where}: {problem.message}") from None
 
 
 def _chain(where: str, name: str, models: Models) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from .wire import CHANGE
 
 JSON: Final = "application/json"
 EVENTS: Final = "text/event-stream"
+HTML: Final = "text/html"
 UNSEEN: Final = frozenset(["client_cancelled", "rejected_by_backend"])
 """Codes of the log that no client reads."""
 UNROUTED: Final = frozenset([408, 413, 431])
@@ -68,6 +69,9 @@ OPERATIONS: Final = (
     Operation("get", "/readyz", "A backend is in order", open=True),
     Operation("get", "/metrics", "Totals as JSON, or Prometheus or OpenMetrics text", gives=_METRICS),
     Operation("get", "/openapi.json", "This document", open=True),
+    Operation("get", "/dashboard", "A page that shows how things are", gives=(HTML,), open=True),
+    Operation("get", "/dashboard/state", "What it shows, as JSON"),
+    Operation("get", "/dashboard/events", "The same once a second, as a stream of events", gives=(EVENTS,)),
     Operation("post", "/admin/explain", "Where a chat completion would go, and why", CHAT.schema),
     Operation("post", "/admin/backends/{name}", "Take a backend out of service, or back", CHANGE, parameter="name"),
 )
@@ -179,6 +183,7 @@ _PLAIN: Final = str.maketrans({"/": "_", "{": None, "}": None, ".": "_"})
 
 _SCHEMAS: Final[dict[str, Any]] = {
     JSON: {"schema": {"type": "object"}},
+    HTML: {"schema": {"type": "string"}},
     EVENTS: {},  # what a schema would be of, OpenAPI 3.1 does not say: the stream, or each event
     "text/plain": {"schema": {"type": "string"}},
     "application/openmetrics-text": {"schema": {"type": "string"}},

@@ -10,6 +10,7 @@ import msgspec
 
 from . import readers
 from .readers import SettingsError
+from .record import Record
 from .usage import Usage
 
 MAX_PRICES: Final = 10_000
@@ -49,6 +50,13 @@ class Price(msgspec.Struct, frozen=True):
 
 FREE: Final = Price()
 Prices = Mapping[str, Price]
+
+
+def of_record(prices: Prices, record: Record) -> Price:
+    """What a request costs: as the model that is served, unless the name asked for has a price of its own and is what is
+    served."""
+    own = None if record.fell_back else prices.get(record.model)
+    return own or of_model(prices, record.served_model or record.model)
 
 
 def of_model(prices: Prices, model: str) -> Price:

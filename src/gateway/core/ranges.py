@@ -33,12 +33,14 @@ class Window(NamedTuple):
 
 def check(asked: Request, ranges: Ranges) -> None:
     """Raises `GatewayError` with the path of the field: ``invalid_value``, or ``context_length_exceeded``."""
+    if ranges.max_tokens is not None:
+        for name in BOUNDS:  # which of several an engine goes by differs; below 0 is no bound
+            most = getattr(asked, name, None)
+            if most is not None and not 0 <= most <= ranges.max_tokens:
+                raise wrong(name, f"at most {ranges.max_tokens} may be asked of this model, got {most}")
     most = asked.most_tokens
-    if most is not None:
-        if ranges.max_tokens is not None and most > ranges.max_tokens:
-            raise wrong(_bound(asked), f"at most {ranges.max_tokens} may be asked of this model, got {most}")
-        if ranges.context_length is not None:
-            check_window(asked, Window(ranges.context_length, whole=True))
+    if most is not None and ranges.context_length is not None:
+        check_window(asked, Window(ranges.context_length, whole=True))
     if ranges.max_n is not None:
         for name in ("n", "best_of"):
             found = getattr(asked, name, None)

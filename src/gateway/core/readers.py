@@ -191,6 +191,15 @@ def redis_url(value: Any) -> RedisServer:
     return RedisServer(parts.scheme == "rediss", found, port or 6379, user or None, password or None, int(database or 0))
 
 
+def ledger_place(value: Any) -> str:
+    """The path of an SQLite file, or a URL of PostgreSQL; empty for ``off``."""
+    place = text(value)
+    scheme, is_url, _ = place.partition("://")
+    if is_url and scheme not in ("postgres", "postgresql"):
+        raise ValueError("the path of an SQLite file, a URL such as postgresql://user@host/database, or off")
+    return "" if place.lower() == "off" else place
+
+
 def name(value: Any) -> str:
     """A name that may stand in a header, a label and a log line as it is."""
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9._:@/\[\]-]{1,100}", value):

@@ -221,6 +221,7 @@ class Scheduler:
             feedback.predicted,
             feedback.actual,
             dict(self.accounts.served),
+            self.queue.tenants(),
         )
 
     # How

@@ -146,17 +146,17 @@ def _refusal(text: str, body: bytes, type: type[Asked]) -> GatewayError:
     subject = f"'{param}'" if param else "the request body"
     if bound := _BOUND.fullmatch(what):
         expected = f"{_TYPES.get(bound[1], bound[1])}{bound[2]} {bound[3]} {bound[4].removesuffix('.0')}"
-        return _error("invalid_value", "value", subject, param, f"expected {expected}{place.got(length=bool(bound[2]))}")
+        return _error("invalid_value", "value", subject, param, f"expected {expected}", place.got(length=bool(bound[2])))
     if what.startswith("Invalid "):
-        return _error("invalid_value", "value", subject, param, f"{place.expected()}{place.got()}")
+        return _error("invalid_value", "value", subject, param, place.expected(), place.got())
     if ", got " not in what:
         what += place.got_type()
     what = _TYPE.sub(lambda word: _TYPES[word[0]], what.replace("`", "'"))
     return _error("invalid_type", "type", subject, param, f"{what[:1].lower()}{what[1:]}")
 
 
-def _error(code: str, noun: str, subject: str, param: str, what: str) -> GatewayError:
-    return GatewayError(code, f"Invalid {noun} for {subject}: {what}.", param=param or None)
+def _error(code: str, noun: str, subject: str, param: str, what: str, found: str = "") -> GatewayError:
+    return GatewayError(code, f"Invalid {noun} for {subject}: {what}.", param=param or None, found=found)
 
 
 def _written(path: list[Segment]) -> str:
@@ -172,7 +172,7 @@ class _Place:
         self._types = types
 
     def got(self, *, length: bool = False) -> str:
-        """What was found: a number, a name, a length; never the text of a prompt."""
+        """What was found, for who sent it: a value that is cut to `MAX_SHOWN`, or a length."""
         value = self._value
         if value is msgspec.UNSET:
             return ""

@@ -23,6 +23,7 @@ from .readers import (
     choice,
     host,
     key,
+    ledger_place,
     number,
     redis_url,
     seconds,
@@ -130,7 +131,7 @@ class Settings:
         "auto",
         "GATEWAY_ADMIN",
         choice("auto", "on", "off"),
-        "the routes under /admin; auto: only where a key with admin is asked for, or the address to listen on is loopback",
+        "/dashboard and the routes under /admin; auto: where a key with admin is asked for, or the host is loopback",
     )
     queue_comments: float = _row(
         "0s",
@@ -275,17 +276,41 @@ class Settings:
         "while Redis is away: open, each gateway counts by itself; closed, requests that have limits are refused",
     )
     grace: float = _row("30s", "GATEWAY_GRACE", seconds(0), "time that requests in flight get to finish when the gateway stops")
+    otel: Literal["auto", "on", "off"] = _row(
+        "auto",
+        "GATEWAY_OTEL",
+        choice("auto", "on", "off"),
+        "spans and metrics to an OpenTelemetry collector, as its own OTEL_* variables of the environment say; "
+        "auto: if OTEL_EXPORTER_OTLP_ENDPOINT is set",
+    )
     log_format: Literal["text", "json"] = _row(
         "text", "GATEWAY_LOG_FORMAT", choice("text", "json"), "log lines for people, or JSON"
     )
     log_file_size: int = _row("100MiB", "GATEWAY_LOG_FILE_SIZE", size(65536), "size at which the file of --logfile is rotated")
     log_files: int = _row("10", "GATEWAY_LOG_FILES", whole_number(1, 1000), "how many rotated log files are kept")
+    ledger: str | None = _row(
+        "",
+        "GATEWAY_LEDGER",
+        ledger_place,
+        "where a row of each request is kept: the path of an SQLite file, postgresql://user:password@host/database, or off",
+        secret=True,
+    )
+    ledger_flush: float = _row(
+        "1s", "GATEWAY_LEDGER_FLUSH", seconds(0, 3600), "longest time that a row is in memory alone; 0 writes each at once"
+    )
+    ledger_keep: int = _row("0", "GATEWAY_LEDGER_KEEP", whole_number(0, 36500), "days after which rows are deleted; 0 is never")
+    ledger_journal: int = _row(
+        "256MiB", "GATEWAY_LEDGER_JOURNAL", size(65536), "most bytes of rows that wait on the disk for a database that is away"
+    )
+    ledger_journal_file: str | None = _row(
+        "", "GATEWAY_LEDGER_JOURNAL_FILE", text, "where those are; by default beside the SQLite file, or ./usage.journal"
+    )
+    prices: Prices = dataclasses.field(default_factory=dict)
+    """The file's tables ``[prices."model"]``."""
     backends: tuple[BackendSettings, ...] = ()
     """What `resolve` makes of the URLs or of the file's tables; empty: requests are echoed."""
     models: Models = dataclasses.field(default_factory=dict)
     """The tables ``[models.NAME]`` of the file, by name."""
-    prices: Prices = dataclasses.field(default_factory=dict)
-    """By model, from the file's tables."""
 
 
 TABLE: Final[tuple[Setting, ...]] = tuple(

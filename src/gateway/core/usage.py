@@ -11,16 +11,21 @@ from .errors import UNDECODABLE
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """Token counts of one request. ``estimated``: counted from the deltas, as the backend never said."""
+    """Token counts of one request; ``reasoning_tokens`` are some of its completion's. ``estimated``: counted from the deltas,
+    as the backend never said."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
     estimated: bool = False
+    reasoning_tokens: int = 0
 
 
 class _Details(msgspec.Struct):
+    """Of a prompt or of a completion."""
+
     cached_tokens: int | None = None
+    reasoning_tokens: int | None = None
 
 
 class _Usage(msgspec.Struct):
@@ -29,9 +34,11 @@ class _Usage(msgspec.Struct):
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     prompt_tokens_details: _Details | None = None
+    completion_tokens_details: _Details | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
     input_tokens_details: _Details | None = None
+    output_tokens_details: _Details | None = None
 
 
 class _Timings(msgspec.Struct):
@@ -80,13 +87,15 @@ _ENDS: Final = frozenset(["response.completed", "response.incomplete", "response
 def _usage(chunk: _Chunk) -> Usage | None:
     if chunk.usage is not None:
         said = chunk.usage
-        details = said.prompt_tokens_details or said.input_tokens_details
+        read = said.prompt_tokens_details or said.input_tokens_details
+        made = said.completion_tokens_details or said.output_tokens_details
         prompt = (said.prompt_tokens if said.input_tokens is None else said.input_tokens) or 0
         completion = (said.completion_tokens if said.output_tokens is None else said.output_tokens) or 0
-        cached = (details.cached_tokens or 0) if details else 0
-        if 0 <= prompt < _MOST and 0 <= completion < _MOST and 0 <= cached < _MOST:
-            return Usage(prompt, completion, cached)
-        return Usage(tokens(prompt), tokens(completion), tokens(cached))
+        cached = (read.cached_tokens or 0) if read else 0
+        reasoning = (made.reasoning_tokens or 0) if made else 0
+        if 0 <= prompt < _MOST and 0 <= completion < _MOST and 0 <= cached < _MOST and 0 <= reasoning < _MOST:
+            return Usage(prompt, completion, cached, False, reasoning)
+        return Usage(tokens(prompt), tokens(completion), tokens(cached), False, tokens(reasoning))
     if chunk.timings is not None:
         timings = chunk.timings
         return Usage(tokens(timings.cache_n + timings.prompt_n), tokens(timings.predicted_n), tokens(timings.cache_n))

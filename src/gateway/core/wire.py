@@ -136,10 +136,15 @@ def listing(entries: Sequence[Mapping[str, Any]]) -> bytes:
 def find_model(listing: bytes, id: str) -> bytes:
     """One entry of a model list, by its ``id`` or one of its ``aliases``. Raises `GatewayError` model_not_found."""
     for entry in models(listing):
-        aliases = entry.get("aliases")
-        if entry["id"] == id or (isinstance(aliases, list) and id in aliases):
+        if id in names_of(entry):
             return msgspec.json.encode(entry)
     raise GatewayError("model_not_found", f"The model '{id[:200]}' does not exist: GET /v1/models lists those that do.")
+
+
+def names_of(entry: Mapping[str, Any]) -> list[str]:
+    """The id of a model's entry, and its aliases."""
+    aliases = entry.get("aliases")
+    return [entry["id"], *(one for one in (aliases if isinstance(aliases, list) else ()) if isinstance(one, str))]
 
 
 def models(listing: bytes) -> list[dict[str, Any]]:

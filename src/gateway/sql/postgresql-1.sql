@@ -1,0 +1,30 @@
+-- One row for each inference request that was admitted. Times are seconds, `started` Unix seconds; `cost` is millionths of money.
+-- A client may send the same request id twice: only together with the time is it a key, which also serves reports over a period.
+create table usage (
+    request_id text not null,
+    started double precision not null,
+    tenant text not null,
+    key text not null,
+    model text not null,
+    served_model text not null,
+    route text not null,
+    backend text not null,
+    attempts bigint not null,
+    status bigint not null,
+    code text not null,
+    fault text not null,
+    queue_seconds double precision not null,
+    first_token_seconds double precision,
+    total_seconds double precision not null,
+    prompt_tokens bigint not null,
+    completion_tokens bigint not null,
+    cached_tokens bigint not null,
+    reasoning_tokens bigint not null,
+    estimated boolean not null,
+    received_bytes bigint not null,
+    sent_bytes bigint not null,
+    session text not null,
+    stream boolean not null,
+    cost bigint,
+    primary key (started, request_id)
+);

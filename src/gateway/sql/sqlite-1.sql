@@ -1,0 +1,30 @@
+-- One row for each inference request that was admitted. Times are seconds, `started` Unix seconds; `cost` is millionths of money.
+-- A client may send the same request id twice: only together with the time is it a key, by which the table also is in order.
+create table usage (
+    request_id text not null,
+    started real not null,
+    tenant text not null,
+    key text not null,
+    model text not null,
+    served_model text not null,
+    route text not null,
+    backend text not null,
+    attempts integer not null,
+    status integer not null,
+    code text not null,
+    fault text not null,
+    queue_seconds real not null,
+    first_token_seconds real,
+    total_seconds real not null,
+    prompt_tokens integer not null,
+    completion_tokens integer not null,
+    cached_tokens integer not null,
+    reasoning_tokens integer not null,
+    estimated integer not null,
+    received_bytes integer not null,
+    sent_bytes integer not null,
+    session text not null,
+    stream integer not null,
+    cost integer,
+    primary key (started, request_id)
+) without rowid;
