@@ -21,11 +21,9 @@ from .core.prefix import NO_BLOCKS, blocks_of
 from .core.record import Record
 from .core.scheduler import Scheduler
 from .core.tickets import PRIORITIES, Ticket
+from .core.usage import CHARACTERS
 from .net.headers import last_of, pairs_of
 from .net.request import body_of
-
-CHARACTERS: Final = 4
-"""Of a request's body in a token of its prompt, where the prompt itself is not looked at."""
 
 MAX_DEADLINE: Final = 86400.0
 
@@ -118,9 +116,9 @@ class Calls:
         """What the settings say of a model."""
         return self._models.get(model) if self._models else None
 
-    def of_model(self, asked: wire.Call, name: str, record: Record) -> wire.Call:
+    @staticmethod
+    def of_model(asked: wire.Call, settings: ModelSettings, record: Record) -> wire.Call:
         """The request as it is sent to the backends of this model."""
-        settings = self._models.get(name) or ModelSettings(name, name)
         body = settings.applied(asked.body, defaults=isinstance(asked.asked, asking.Generates) and asked.generates)
         if body is asked.body:
             call = asked

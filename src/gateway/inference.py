@@ -12,7 +12,7 @@ from twisted.web.server import Request
 from .backend import Answer
 from .calls import Calls, told
 from .core import wire
-from .core.errors import BackendFailed, GatewayError
+from .core.errors import BACKENDS_DOING, BackendFailed, GatewayError
 from .core.model_settings import ModelSettings
 from .core.principal import NO_LIMITS, Limits
 from .core.record import Record, Try
@@ -29,12 +29,7 @@ from .windows import Windows
 
 Read = Callable[[Request, Record], wire.Call]
 
-REPEATABLE: Final = frozenset(
-    ["backend_unreachable", "backend_error", "backend_protocol_error", "connect_timeout", "first_byte_timeout", "idle_timeout"]
-)
-"""Failures after which another backend may be asked: a completion changes nothing, so asking twice costs only work."""
-
-UNAVAILABLE: Final = REPEATABLE | {"no_backend", "queue_full", "queue_timeout"}
+UNAVAILABLE: Final = BACKENDS_DOING | {"no_backend", "queue_full", "queue_timeout"}
 """Failures after which another model may be asked, if the settings name one."""
 
 UNFIT: Final = frozenset(["model_not_found", "context_length_exceeded"])
@@ -100,7 +95,7 @@ class Inference:
         """What was asked, the same as the backends of its model are to see it, and what the settings say of that."""
         asked = read(request, record)
         settings = self.calls.settings_of(record.model)
-        return asked, asked if settings is None else self.calls.of_model(asked, record.model, record), settings
+        return asked, asked if settings is None else self.calls.of_model(asked, settings, record), settings
 
     def _begin(self, request: Request, record: Record, read: Read) -> Awaitable[None]:
         try:
@@ -167,7 +162,7 @@ class Inference:
             if failure is None:
                 return
             try:
-                call = self.calls.of_model(asked, name, record)
+                call = self.calls.of_model(asked, self.calls.settings_of(name) or ModelSettings(name, name), record)
             except GatewayError:
                 continue
             record.retried(failure, self._now())
@@ -278,7 +273,7 @@ class Inference:
         """The ticket of a further attempt; raises the failure if there is to be none."""
         again = self._again(ticket)
         if (
-            failure.code not in REPEATABLE
+            failure.code not in BACKENDS_DOING  # a completion changes nothing, so asking twice costs only work
             or record.attempts >= self._max_attempts
             or self._now() >= min(again.deadline, again.expires)
             or not self._dispatcher.scheduler.has_backend(again)

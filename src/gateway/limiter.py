@@ -17,13 +17,10 @@ from .core.ratelimit import Limiter as Accounts
 from .core.record import Record
 from .core.status import LimitsState
 from .core.tickets import Ticket
-from .core.usage import Usage
+from .core.usage import CHARACTERS, Usage
 
 ASSUMED: Final = 512
 """Tokens reserved for an answer whose length the request does not bound; fewer where the key's bucket is smaller."""
-
-CHARACTERS: Final = 4
-"""Of a prompt in one of its tokens, until the backend tells."""
 
 
 class Reservation(Protocol):

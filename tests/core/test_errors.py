@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gateway.core.errors import CODES, MAX_RETRY_AFTER, GatewayError
+from gateway.core.errors import BACKENDS_DOING, CODES, MAX_RETRY_AFTER, GatewayError
 
 
 @pytest.mark.parametrize("code", CODES)
@@ -31,3 +31,9 @@ def test_retry_after_is_one_that_the_sdk_obeys(wait: float, expected: dict[str, 
 
 def test_a_405_names_the_methods_that_are_allowed() -> None:
     assert GatewayError("method_not_allowed", "x", allow=("GET", "HEAD")).headers() == [("Allow", "GET, HEAD")]
+
+
+def test_what_is_held_against_a_backend_is_all_that_it_does_wrong_but_the_total_timeout() -> None:
+    assert {"backend_unreachable", "backend_error", "backend_protocol_error", "connect_timeout"} < BACKENDS_DOING
+    assert {"first_byte_timeout", "idle_timeout"} <= BACKENDS_DOING
+    assert len(BACKENDS_DOING) == 6

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from gateway.core.backend_settings import BackendSettings
-from gateway.core.errors import CODES
-from gateway.core.health import COUNTED, Health, Rules, offers, windows
+from gateway.core.errors import BACKENDS_DOING, CODES
+from gateway.core.health import Health, Rules, offers, windows
 from gateway.core.load import Load
 from gateway.core.ranges import Window
 from gateway.core.reports import Report
@@ -129,8 +129,8 @@ def test_a_draining_backend_takes_nothing_new_and_shows_what_it_still_holds() ->
 def test_only_the_backends_own_failures_are_held_against_it(code: str) -> None:
     backend = health()
     fail(backend, 3, code=code)
-    assert states(backend) == (("unhealthy", False) if code in COUNTED else ("healthy", True))
-    assert (code in COUNTED) <= (CODES[code].fault == "backend")
+    assert states(backend) == (("unhealthy", False) if code in BACKENDS_DOING else ("healthy", True))
+    assert (code in BACKENDS_DOING) <= (CODES[code].fault == "backend")
 
 
 def test_a_half_open_breaker_offers_one_slot_more_than_is_held() -> None:

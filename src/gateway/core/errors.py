@@ -71,6 +71,11 @@ CODES: Final[dict[str, Code]] = {
 4xx is passed through with its own status, and a client that has gone reads no answer."""
 
 
+BACKENDS_DOING: Final = frozenset(code for code, row in CODES.items() if row.fault == "backend") - {"total_timeout"}
+"""Failures that are held against a backend, and after which another may be asked; the total timeout may be the request's own
+doing."""
+
+
 class GatewayError(Exception):
     """A request ends here, for a reason that has a name.
 

@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, NamedTuple
 from .backend_settings import BackendSettings
 from .breaker import Breaker
 from .concurrency import ConcurrencyLimit
+from .errors import BACKENDS_DOING
 from .load import fresh
 from .ranges import Window
 from .reports import Report, window_of
@@ -20,11 +21,6 @@ from .status import BackendState, Offer, State
 
 SLOT_KINDS: Final = frozenset(["llamacpp", "vllm", "sglang", "tgi"])
 """Servers of one model: another list of models, or another number of slots, is another process."""
-
-COUNTED: Final = frozenset(
-    ["backend_unreachable", "backend_error", "backend_protocol_error", "connect_timeout", "first_byte_timeout", "idle_timeout"]
-)
-"""Failures that are held against a backend; the total timeout may be the request's own doing."""
 
 
 class Rules(NamedTuple):
@@ -117,7 +113,7 @@ class Health:
 
     def failed(self, era: int, code: str, now: float) -> None:
         """A request failed, with a code of `core.errors`; what is not the backend's doing counts as cancelled."""
-        if code not in COUNTED:
+        if code not in BACKENDS_DOING:
             self.cancelled(era)
             return
         self.held -= 1

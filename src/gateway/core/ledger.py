@@ -14,7 +14,7 @@ import msgspec
 from .errors import UNDECODABLE
 from .prices import Prices, of_record
 from .record import Record
-from .usage import Usage
+from .usage import CHARACTERS, Usage
 
 MAX_NAME: Final = 200
 """Characters of a name that a caller or a backend gives: they may be as long as a body."""
@@ -24,9 +24,6 @@ UNASKED: Final = frozenset(["missing_api_key", "invalid_api_key"])
 
 ABANDONED: Final = frozenset(["client_cancelled", "draining", "first_byte_timeout", "idle_timeout", "total_timeout"])
 """Ends that a backend did not choose, and that keep it from saying what it has used."""
-
-CHARACTERS: Final = 4
-"""Bytes of a request's body in a token of its prompt, where nobody has counted those."""
 
 
 class Row(msgspec.Struct, array_like=True, frozen=True, gc=False):

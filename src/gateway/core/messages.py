@@ -11,6 +11,7 @@ from typing import Annotated, Final
 import msgspec
 
 from .schema import Asked, Schema, wrong
+from .usage import CHARACTERS
 
 MESSAGES: Final = "/v1/messages"
 COUNT_TOKENS: Final = "/v1/messages/count_tokens"
@@ -18,8 +19,6 @@ COUNT_TOKENS: Final = "/v1/messages/count_tokens"
 MAX_STOPS: Final = 4
 """As many as a chat completion takes."""
 
-BYTES: Final = 4
-"""Of a prompt's JSON in one token, where no tokenizer is at hand: about what English takes. Images count as their bytes."""
 
 _Object = dict[str, msgspec.Raw]
 _Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -223,7 +222,7 @@ def parse_prompt(body: bytes) -> Prompt:
 
 def estimate(body: bytes) -> int:
     """Tokens of a prompt that is so many bytes long as JSON, frame and all."""
-    return len(body) // BYTES + 1
+    return len(body) // CHARACTERS + 1
 
 
 def token_count(tokens: int) -> bytes:

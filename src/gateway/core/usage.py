@@ -9,6 +9,10 @@ import msgspec
 from . import sse
 from .errors import UNDECODABLE
 
+CHARACTERS: Final = 4
+"""Of a text, or bytes of its JSON, in one token where no tokenizer is at hand: about what English takes. Images count as their
+bytes."""
+
 
 class Usage(msgspec.Struct, frozen=True):
     """Token counts of one request; ``reasoning_tokens`` are some of its completion's. ``estimated``: counted from the deltas,
