@@ -1,7 +1,8 @@
 """The model server that is none: `python -m bench.backend PORT KIND INTERVAL`, a process of its own.
 
 What a POST gets depends on the kind alone, so that a prompt of a MiB need not be searched for a word:
-`fixed` is a chat completion, `paced` a stream of EVENTS events, `idle` a stream of one event and then silence.
+`fixed` is a chat completion, `slow` the same after INTERVAL, `paced` a stream of EVENTS events, `idle` a stream of one event
+and then silence.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class Pacer:
     """Sends each stream an event an interval, a slot's streams together."""
 
     def __init__(self, interval: float) -> None:
+        self.interval = interval
         self._tick = interval / SLOTS
         self._slots: list[set[Connection]] = [set() for _ in range(SLOTS)]
         self._started = 0
@@ -136,6 +138,8 @@ class Connection(asyncio.Protocol):
             self._transport.write(whole(PAGES.get(path.decode(), b"{}")))
         elif self._kind == "fixed":
             self._transport.write(COMPLETION)
+        elif self._kind == "slow":
+            asyncio.get_running_loop().call_later(self._pacer.interval, self._transport.write, COMPLETION)
         elif self._kind == "idle":
             self._transport.write(STREAM + stamped())
         else:

@@ -38,6 +38,9 @@ class Spec:
     connections: int = 1
     prompt: int = 1024
     rate: float = 0.0
+    seed: int = 1
+    """Of the moments of an open loop."""
+    headers: str = ""
     warm_up: float = 1.0
     seconds: float = 2.0
     windows: int = 3
@@ -53,7 +56,7 @@ class Load:
         self.open: set[Connection] = set()
         self.idle: list[Connection] = []
         self.tasks: set[asyncio.Task[None]] = set()
-        self._request = chat_request(spec.prompt, stream=spec.kind in {"streams", "held"})
+        self._request = chat_request(spec.prompt, stream=spec.kind in {"streams", "held"}, headers=spec.headers)
 
     async def connect(self, factory: Callable[..., Connection], on_idle: Callable[[Connection], None]) -> Connection | None:
         """One more connection; None, and an error on the tally, if the proxy will not have it."""
@@ -103,7 +106,7 @@ class Load:
 
         Each one's latency counts from when it was sent, which no slow answer delays.
         """
-        moments = random.Random(1)
+        moments = random.Random(self.spec.seed)
         due = time.monotonic()
         while self.running:
             now = time.monotonic()

@@ -18,13 +18,13 @@ KEY = "sk-1234"
 """What a client of the benchmark calls itself."""
 
 
-def chat_request(prompt: int, stream: bool) -> bytes:
-    """A whole request with a prompt of so many bytes."""
+def chat_request(prompt: int, stream: bool, headers: str = "") -> bytes:
+    """A whole request with a prompt of so many bytes. ``headers``: more of them, each with its line end."""
     words = ("word " * (prompt // 5 + 1))[:prompt]
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": words}], "max_tokens": 128, "stream": stream})
     head = (
         f"POST {PATH} HTTP/1.1\r\nHost: bench\r\nAuthorization: Bearer {KEY}\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{headers}\r\n"
     )
     return (head + body).encode()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -58,6 +59,19 @@ def test_an_answer_comes_back_as_it_is(gateway: Gateway) -> None:
     assert body_of(gateway, answer) == ANSWER
     (record,) = gateway.records
     assert (record.usage.prompt_tokens, record.usage.completion_tokens, record.finish_reason) == (3, 5, "stop")
+
+
+def test_an_answer_in_tiny_pieces_takes_little_more_memory_than_its_length(gateway: Gateway) -> None:
+    response = gateway.post()
+    backend = gateway.agent.answer(FakeResponse(content_type="text/plain"))
+    tracemalloc.start()
+    for at in range(30_000):
+        backend.data(b"%02d" % (at % 100))
+    backend.end()
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 5 * 60_000
+    assert body_of(gateway, gateway.done(response)) == b"".join(b"%02d" % (at % 100) for at in range(30_000))
 
 
 def test_the_backends_own_key_is_added() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from bench import capacity, overload
 from bench.backend import COMPLETION, LAST, STREAM, stamped
 from bench.load import quantiles
 from bench.measure import Result, median
@@ -68,3 +70,49 @@ def test_a_table_is_made_again_from_the_file(tmp_path: Path) -> None:
     assert rows[1].startswith("| 32 x 1 KiB | nginx | 50.0 | 0.25 |")
     assert rows[1].endswith("| 3 status 502 |")
     assert rows[2].endswith("| 1 failed |")
+
+
+def test_what_streams_take_is_what_a_hand_calculates() -> None:
+    given = capacity.Inputs(
+        request_us=300,
+        extras_us=200,
+        event_us=50,
+        stream_kib=20,
+        process_mib=60,
+        redis_us=40,
+        row_us=100,
+        answer_tokens=500,
+        load=0.5,
+        server_streams=64,
+        connections=16384,
+        backends=256,
+    )
+    found = capacity.need(100_000, 20, given)
+    assert (found.events, found.requests) == (2_000_000, 4_000)
+    assert found.cores == pytest.approx(100 + 2)
+    assert (found.by_cpu, found.by_connections, found.servers, found.groups) == (204, 7, 1563, 7)
+    assert found.processes == 204
+    assert found.mib == pytest.approx(60 + 100_000 / 204 * 20 / 1024)
+    assert found.files == 2 * 491
+    assert (found.redis_cores, found.row_cores) == pytest.approx((0.16, 0.4))
+
+
+def test_silent_streams_are_counted_by_connections() -> None:
+    assert capacity.need(100_000, 0).processes == 7
+
+
+def test_the_document_has_the_tables_of_today() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text("utf-8")
+    assert capacity.written(text) == text, "write them anew: python -m bench.capacity docs/scaling.md"
+
+
+def test_an_overload_is_measured_and_the_bound_of_the_queue_holds(tmp_path: Path) -> None:
+    plan = overload.Plan(loads=(1.0, 3.0), slots=4, service=0.05, queue=10, warm_up=0.2, seconds=0.5)
+    with overload.gateway(plan, tmp_path) as there:
+        most, found = asyncio.run(overload.measure(there, plan))
+    assert 0.0 < most <= 1.5 * overload.BACKENDS * plan.slots / plan.service
+    assert found[1].goodput > 0.0
+    assert 0 < found[1].deepest <= plan.queue
+    assert "status 429" in found[1].refused(2)
+    rows = list(overload.table(found, plan))
+    assert [row.count("|") for row in rows] == [rows[0].count("|")] * 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from twisted.web.resource import Resource
 
 from gateway.net import channel as channel_module
 from gateway.net.channel import Channel, Limits
+from gateway.net.reader import Message, Reader
 from gateway.net.server import Server
 
 IDLE = 60.0
@@ -68,3 +70,19 @@ def test_a_closing_connection_is_watched_too(channel: Any, clock: Clock, monkeyp
     assert not channel.transport.disconnected
     clock.advance(IDLE)
     assert channel.transport.disconnected
+
+
+def test_a_body_of_tiny_chunks_takes_little_more_memory_than_its_length() -> None:
+    reader = Reader(Limits(max_body=10_000_000, max_connections=10, client_timeout=60.0, idle_timeout=IDLE), {})
+    reader.feed(b"POST / HTTP/1.1\r\nHost: g\r\nTransfer-Encoding: chunked\r\n\r\n")
+    piece = b"2\r\nab\r\n" * 1000
+    tracemalloc.start()
+    for _ in range(100):
+        reader.feed(piece)
+    reader.feed(b"0\r\n\r\n")
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    message = reader.ready.popleft()
+    assert isinstance(message, Message)
+    assert message.body == b"ab" * 100_000
+    assert most < 3 * len(message.body)

@@ -11,7 +11,7 @@ import json
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,6 +19,8 @@ from twisted.internet.testing import StringTransport
 
 from gateway.core.reports import Report
 from gateway.core.settings import Source, resolve
+from gateway.inherited import NOTHING
+from gateway.lifecycle import Lifecycle
 from gateway.logs import LineObserver
 from gateway.service import Gateway
 
@@ -57,6 +59,9 @@ class Still:
     def callLater(self, seconds: float, call: Callable[..., object], *args: object) -> Call:
         return Call()
 
+    def getThreadPool(self) -> None:
+        pass
+
     def connectTCP(self, host: str, port: int, factory: Any, timeout: float = 0, bindAddress: object = None) -> object:
         self.factories.append(factory)
         return Call()
@@ -68,8 +73,10 @@ class Both:
     def __init__(self, listening: socket.socket) -> None:
         self.reactor = Still()
         settings = resolve([Source("test", "file", {"backend_url": "http://127.0.0.1:9", "backend_kind": "openai"})])
-        gateway = Gateway(settings, self.reactor, listening, LineObserver(lambda line: None, "text"))
-        gateway.pool._reported(gateway.backends[0].name, Report("openai"))
+        lifecycle = Lifecycle(self.reactor, {}, [], NOTHING, LineObserver(lambda line: None, "text"))
+        told = cast(Any, SimpleNamespace(settings=settings, files=list))
+        gateway = Gateway(told, self.reactor, {"http": listening}, lifecycle)
+        gateway.pool._reported(next(iter(gateway.backends)), Report("openai"))
         self.channel = cast(Any, gateway.server.buildProtocol(None))
         self.client = StringTransport()
         self.channel.makeConnection(self.client)

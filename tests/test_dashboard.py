@@ -115,7 +115,7 @@ def test_the_page_is_for_everybody_and_the_numbers_are_for_admins() -> None:
     table = '[[keys]]\nid = "{0}"\ntenant = "t"\nhash = "{1}"\nadmin = {2}\n'
     keys = "".join(table.format(id, digest(id.encode()).hex(), admin) for id, admin in (("boss", "true"), ("user", "false")))
     auth.use_keys(parse_keys("keys.toml", keys))
-    gateway.app._guard = Guard(auth, lambda: 0.0)
+    gateway.app.guard = Guard(auth, lambda: 0.0)
     assert now_of(gateway.get("/dashboard")).code == 200
     for path in ("/dashboard/state", "/dashboard/events"):
         assert now_of(gateway.get(path)).code == 401

@@ -15,7 +15,8 @@ from twisted.internet.task import Clock
 
 from gateway.core.api_keys import ApiKey, with_field, with_key
 from gateway.core.readers import SettingsError
-from gateway.keys_file import POLL_SECONDS, KeysFile, changing, read_keys
+from gateway.keys_file import KeysFile, changing, read_keys
+from gateway.watched import POLL_SECONDS
 
 from .conftest import Said
 
@@ -49,7 +50,7 @@ class Watched:
         return maybeDeferred(call)
 
     def wait(self) -> None:
-        self.clock.advance(POLL_SECONDS)
+        self.clock.pump([POLL_SECONDS] * 2)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def said() -> Iterator[list[str]]:
-    with Said("gateway.keys") as lines:
+    with Said("gateway.files") as lines:
         yield lines
 
 
@@ -121,7 +122,7 @@ def test_what_is_read_when_the_gateway_stops_is_not_used(path: Path) -> None:
     service = KeysFile(path, clock, used.append, lambda call: waiting[0])
     service.startService()
     written(path, "b")
-    clock.advance(POLL_SECONDS)
+    clock.pump([POLL_SECONDS] * 2)
     service.stopService()
     assert len(used) == 1
     assert not clock.getDelayedCalls()

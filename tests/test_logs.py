@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from twisted.internet.task import Clock
 from twisted.logger import Logger, LogPublisher
 from twisted.python.failure import Failure
 
@@ -11,7 +12,7 @@ from gateway.core.record import Record
 from gateway.core.repeats import MAX_REPEATS, SECONDS
 from gateway.core.trace_context import Trace
 from gateway.core.usage import Usage
-from gateway.logs import AccessText, LineObserver, access_fields
+from gateway.logs import QUIET, AccessText, LineObserver, access_fields, access_log
 
 
 class Log:
@@ -47,6 +48,20 @@ def test_a_warning_that_repeats_itself_is_counted(log: Log) -> None:
     assert log.said()[-2:] == [f"{100 - MAX_REPEATS} times more within 60 s: backend a is unhealthy", "later"]
     log.warn("a")
     assert log.said()[-1] == "backend a is unhealthy"
+
+
+@pytest.mark.parametrize("route", sorted(QUIET))
+def test_who_watches_has_no_lines_unless_something_is_wrong(log: Log, route: str) -> None:
+    said: Any = []
+    observers = (log.observer.access(Clock()), access_log)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gateway.logs._log", Logger("gateway.access", observer=LogPublisher(cast(Any, said.append))))
+        for status in (200, 401, 200):
+            for observe in observers:
+                observe(Record("r", "GET", route, 1.0, status=status, ended=2.0))
+    log.observer.flush()
+    assert [line["status"] for line in log.lines] == [401]
+    assert len(said) == 1
 
 
 def test_what_is_no_warning_is_always_said(log: Log) -> None:

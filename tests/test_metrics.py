@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from twisted.internet.task import Clock
 
 from gateway.core.otel_metrics import MAX_SERIES, GenAIMetrics
 from gateway.core.record import Record, Try
 from gateway.core.reports import Report
-from gateway.core.status import Status
+from gateway.core.spans import Place
+from gateway.core.status import BackendState, Status
 from gateway.core.usage import Usage
 from gateway.loop_delay import INTERVAL, LoopDelay
-from gateway.metrics import Metrics, buckets
+from gateway.metrics import KEPT_SECONDS, MAX_GONE, Metrics, buckets
 
 from .fakes import HELLO, STREAM, FakeResponse, Gateway
 
@@ -44,11 +46,57 @@ def test_a_hundred_thousand_model_names_are_one() -> None:
 
 
 def test_opentelemetrys_series_are_bounded_too() -> None:
-    metrics = GenAIMetrics(0.0, {})
+    metrics = GenAIMetrics({"b": Place("h", 1)})
     for number in range(MAX_SERIES + 5000):
         metrics.count(record(""), f"model-{number}", "vllm")
     assert len(metrics._series) == MAX_SERIES + 1
     assert sum(sum(series.request.counts) for series in metrics._series.values()) == MAX_SERIES + 5000
+
+
+def test_opentelemetrys_series_of_backends_that_are_gone_are_given_back() -> None:
+    places = {"b": Place("h", 1)}
+    metrics = GenAIMetrics(places)
+    metrics.count(record("m"), "m", "vllm")
+    metrics.forget_gone()
+    assert len(metrics._series) == 1
+    del places["b"]
+    metrics.forget_gone()
+    assert not metrics._series
+
+
+def test_counts_of_a_backend_that_is_gone_are_kept_for_a_while_and_their_totals_for_ever() -> None:
+    clock, there = Clock(), ["b", "c"]
+
+    def status() -> Status:
+        backends = [BackendState(name, "openai", "healthy", "", 0.0, frozenset(["m"])) for name in there]
+        return Status(Gateway().dispatcher.scheduler.snapshot(), 0, 0, False, backends)
+
+    def count(backend: str) -> None:
+        one = record("m")
+        one.backend, one.ended = backend, clock.seconds()
+        metrics(one)
+
+    def counted() -> set[str]:
+        return set(re.findall(r'gateway_requests_total{backend="([^"]*)"', metrics.page("text/plain")[1].decode()))
+
+    metrics = Metrics(status, clock.seconds)
+    count("b")
+    count("c")
+    there.remove("b")
+    clock.advance(2.0)
+    count("c")
+    clock.advance(KEPT_SECONDS - 1.0)
+    count("c")
+    assert counted() == {"b", "c"}
+    clock.advance(2.0)
+    count("c")
+    assert counted() == {"c"}
+    assert metrics.summary()["request_count"] == 5
+    for number in range(3 * MAX_GONE):
+        count(f"pod-{number}")
+        clock.advance(1.1)
+    assert len(counted()) <= MAX_GONE + 2
+    assert metrics.summary()["request_count"] == 5 + 3 * MAX_GONE
 
 
 def overhead(*records: Record) -> tuple[float, float]:
@@ -71,6 +119,25 @@ def test_overhead_is_what_the_backend_and_the_queue_are_not_to_blame_for() -> No
     unanswered = record("m")
     unanswered.tries = [Try("b", 1.0, 1.0, 0.0, 2.0, "backend_error")]
     assert overhead(unanswered) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("last", "stream", "counted"),
+    [
+        (Try("b", 1.0, 1.0, 0.0, 1.9, "cancelled"), False, 1),  # it waited for the answer
+        (Try("b", 1.0, 1.0, 1.5), True, 1),  # it was within a stream
+        (Try("b", 1.0, 1.0, 1.5), False, 0),  # the whole answer was in
+        (Try("b", 1.0, 1.0, 0.0, 1.5, "backend_error"), True, 0),  # it waited for another backend
+    ],
+    ids=str,
+)
+def test_a_backend_that_is_let_go_of_is_counted_if_it_was_at_it(last: Try, stream: bool, counted: int) -> None:
+    metrics = Metrics(lambda: Status(Gateway().dispatcher.scheduler.snapshot(), 0, 0, False, []), Clock().seconds)
+    left = record("m")
+    left.tries, left.stream, left.left = [last], stream, 1.75
+    metrics(record("m"))
+    metrics(left)
+    assert (sum(metrics._cancel.counts), metrics._cancel.total) == (counted, counted * 0.25)
 
 
 def test_the_reactors_lateness_is_seen() -> None:

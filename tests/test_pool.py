@@ -66,7 +66,7 @@ class Watched:
 
     def fail(self, name: str, times: int, code: str = "backend_error") -> None:
         for _ in range(times):
-            self.pool.failed(name, self.pool.sent(name), BackendFailed(code, "x"))
+            self.pool.failed(self.pool.sent(name), BackendFailed(code, "x"))
 
 
 @pytest.mark.parametrize(("random", "interval"), [(0.0, 1.8), (0.5, 2.0), (1.0, 2.2)])
@@ -108,17 +108,17 @@ def test_failed_requests_open_the_breaker_and_time_alone_lets_one_request_try_ag
     assert (pool.offers()["a"].accepting, pool.offers()["a"].slots) == (True, 1)
     trial = pool.pool.sent("a")
     assert not pool.offers()["a"].accepting
-    pool.pool.succeeded("a", trial)
+    pool.pool.succeeded(trial)
     assert (pool.offers()["a"].accepting, pool.states()["a"]) == (True, "healthy")
 
 
 def test_a_pool_that_stops_waits_for_nothing() -> None:
     pool = Watched(FakeBackend("a"), FakeBackend("b"), breaker_failures=1)
     pool.fail("a", 1)
-    pool.pool.rate_limited("b", pool.pool.sent("b"), 5.0)
+    pool.pool.rate_limited(pool.pool.sent("b"), 5.0)
     left = pool.pool.sent("b")
     pool.pool.stopService()
-    pool.pool.failed("b", left, REFUSED)
+    pool.pool.failed(left, REFUSED)
     assert not pool.clock.getDelayedCalls()
 
 
@@ -126,15 +126,15 @@ def test_a_client_that_leaves_and_a_4xx_are_held_against_nobody() -> None:
     pool = Watched(FakeBackend("a"), breaker_failures=1)
     seen = len(pool.seen)
     for _ in range(10):
-        pool.pool.cancelled("a", pool.pool.sent("a"))
-        pool.pool.succeeded("a", pool.pool.sent("a"))
+        pool.pool.cancelled(pool.pool.sent("a"))
+        pool.pool.succeeded(pool.pool.sent("a"))
     pool.fail("a", 3, "total_timeout")
     assert (pool.states()["a"], len(pool.seen), pool.pool.snapshot()[0].held) == ("healthy", seen, 0)
 
 
 def test_a_rate_limit_is_kept_for_as_long_as_was_asked() -> None:
     pool = Watched(FakeBackend("a"), FakeBackend("b"))
-    pool.pool.rate_limited("a", pool.pool.sent("a"), 5.0)
+    pool.pool.rate_limited(pool.pool.sent("a"), 5.0)
     assert (pool.states()["a"], pool.offers()["a"].accepting) == ("rate_limited", False)
     pool.clock.advance(5.0)
     assert (pool.states()["a"], pool.offers()["a"].accepting) == ("healthy", True)
@@ -190,10 +190,8 @@ def test_models_are_the_union_and_stay_known_while_their_backend_is_down() -> No
 def test_the_limit_that_was_found_out_is_offered() -> None:
     pool = Watched(FakeBackend("a"), adaptive_concurrency=True)
     assert pool.offers()["a"].slots == 32
-    for _ in range(32):
-        pool.pool.sent("a")
-    for _ in range(32):
-        pool.pool.first_token("a", 0.01, 100.0)
+    for sent in [pool.pool.sent("a") for _ in range(32)]:
+        pool.pool.first_token(sent, 0.01, 100.0)
     assert pool.offers()["a"].slots == 64
 
 

@@ -8,6 +8,7 @@ from bench.routing.baselines import LeastRequests, Oracle, RoundRobin
 from bench.routing.engine import PROFILES, Profile, Request, prefill_seconds
 from bench.routing.ours import Ours
 from bench.routing.published import CacheAware, Conductor, Dynamo, DynamoQueue, LMetric, Scores, SMetric
+from bench.routing.replicas import Replicas
 from bench.routing.simulation import Rule, Simulation, View
 from bench.routing.workloads import make
 from gateway.core.prefix import Blocks
@@ -89,6 +90,15 @@ def test_ours_is_at_least_as_fast_as_cache_aware_and_that_as_round_robin(workloa
     ours, aware, turns = (Simulation(requests, "70b", 4, rule()).run() for rule in (Ours, CacheAware, RoundRobin))
     assert ours.mean <= aware.mean <= turns.mean
     assert ours.slo >= aware.slo
+
+
+def test_gateways_that_share_no_memory_find_more_in_the_caches_if_prompts_have_homes() -> None:
+    rules = [Replicas(count, agree=agree) for count, agree in ((1, False), (1, True), (3, False), (3, True))]
+    one, alike, apart, agreed = (Simulation(make("tenants", "70b", 8, 0.7, 5, 300.0), "70b", 8, rule).run() for rule in rules)
+    assert agreed.hit > apart.hit + 0.05
+    assert agreed.mean < 0.85 * apart.mean
+    assert agreed.imbalance < 1.1 * apart.imbalance
+    assert one.hit - alike.hit < 0.01 > alike.mean - one.mean
 
 
 def test_the_scheduler_is_told_no_more_than_a_gateway_sees() -> None:

@@ -19,7 +19,8 @@ from gateway.core.live import Live
 from gateway.core.look import Snapshot
 from gateway.core.status import BackendState, Status
 from gateway.core.view import ErrorView, RequestView, TenantView, View, view
-from gateway.top import TopError, fetch, screen, sparkline
+from gateway.remote import NotTold
+from gateway.top import fetch, screen, sparkline
 
 EVIL = "\x1b]0;gone\x07\x1b[2J\u202e\r\nname"
 
@@ -153,14 +154,14 @@ def test_in_a_terminal_it_goes_on_until_it_is_interrupted(monkeypatch: pytest.Mo
 
 
 def test_a_gateway_that_goes_away_is_said_and_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures: list[View | TopError] = [picture(), TopError("refused"), picture()]
+    pictures: list[View | NotTold] = [picture(), NotTold("refused"), picture()]
     waits: list[float] = []
 
     def fetched(url: str, key: str) -> View:
         if not pictures:
             raise KeyboardInterrupt
         found = pictures.pop(0)
-        if isinstance(found, TopError):
+        if isinstance(found, NotTold):
             raise found
         return found
 
@@ -187,11 +188,11 @@ def test_a_refusal_is_one_line(status: int, words: str, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("body", [b"<html>", json.dumps({"version": "1"}).encode(), b"[]", b"\xff"])
 def test_what_is_no_picture_is_an_error(body: bytes) -> None:
-    with serving(200, body) as (url, _), pytest.raises(TopError, match=url):
+    with serving(200, body) as (url, _), pytest.raises(NotTold, match=url):
         fetch(url, "")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "nothing", "ftp://127.0.0.1/"])
 def test_a_gateway_that_is_not_there_is_an_error(url: str) -> None:
-    with pytest.raises(TopError):
+    with pytest.raises(NotTold):
         fetch(url, "")

@@ -11,6 +11,7 @@ from .baselines import BoundedLoads, LeastRequests, Oracle, PowerOfTwo, RoundRob
 from .engine import Request
 from .ours import Ours
 from .published import CacheAware, Conductor, Dynamo, DynamoQueue, LMetric, Scores, SMetric
+from .replicas import Replicas
 from .simulation import Figures, Rule, Simulation
 from .workloads import LOADS, make
 
@@ -87,6 +88,16 @@ def robust(seed: int) -> None:
         verdict(ours, others)
 
 
+def replicas(seed: int) -> None:
+    """One gateway and several that share no memory, with and without homes for prompts."""
+    for workload, load in (("tenants", 0.7), ("tools", 0.7), ("conversation", 0.65)):
+        head(f"{workload}, 8 backends, load {load}", make(workload, "70b", 8, load, seed))
+        for rule in [Replicas(count, agree=agree) for count in (1, 2, 3) for agree in (False, True)]:
+            run(make(workload, "70b", 8, load, seed), "70b", 8, rule, seed)
+        if workload != "tenants":
+            run(make(workload, "70b", 8, load, seed), "70b", 8, Replicas(3, sessions=True), seed)
+
+
 def retry_after(seed: int) -> None:
     """How far Retry-After is from the true wait, at the highest load of the conversations, where a queue forms."""
     print("\n| backends | estimates | true wait p50 / p90 s | error p50 / p90 s | within a factor of 2, or 2 s |")
@@ -111,10 +122,14 @@ def main() -> None:
     parser.add_argument("--workload", choices=sorted(LOADS), nargs="*", default=list(LOADS))
     parser.add_argument("--quick", action="store_true", help="four backends, a few minutes of each trace, five rules")
     parser.add_argument("--robust", action="store_true", help="other engines and circumstances instead")
+    parser.add_argument("--replicas", action="store_true", help="several gateways that share no memory instead")
     parser.add_argument("--retry-after", action="store_true", help="how good Retry-After is instead")
     args = parser.parse_args()
     if args.robust:
         robust(args.seed)
+        return
+    if args.replicas:
+        replicas(args.seed)
         return
     if args.retry_after:
         retry_after(args.seed)

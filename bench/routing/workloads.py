@@ -101,6 +101,27 @@ def _task(rng: random.Random, rows: list[Row], serial: int, session: int, blocks
     return serial
 
 
+@cache
+def tenants() -> list[Row]:
+    """Generated: 600 tenants, Zipf popular, each with a system prompt of its own of 2,000 to 8,000 tokens, and single questions
+    of some hundred. All prompts fit once into the caches of eight backends, and not into one."""
+    rng = random.Random(9)
+    sizes = [int(rng.uniform(2, 8) * 1024) // BLOCK for _ in range(600)]
+    starts = [1 + sum(sizes[:i]) for i in range(600)]
+    weights = [(i + 1) ** -0.8 for i in range(600)]
+    serial = sum(sizes) + 1
+    rows: list[Row] = []
+    for session in range(12_000):
+        one = rng.choices(range(600), weights)[0]
+        tokens = sizes[one] * BLOCK + int(rng.lognormvariate(5.5, 0.8)) + 16
+        new = -(-tokens // BLOCK) - sizes[one]
+        blocks = (*range(starts[one], starts[one] + sizes[one]), *range(serial, serial + new))
+        serial += new
+        output = min(max(1, int(rng.lognormvariate(4.8, 0.9))), 2000)
+        rows.append(Row(rng.random() * 1800.0, tokens, output, blocks, session, sizes[one]))
+    return sorted(rows, key=lambda row: row.at)
+
+
 def demand(rows: list[Row], profile: Profile) -> float:
     """Engine seconds for each second of the trace, if one infinite cache served all and decoding went 16 at a time."""
     seen: set[int] = set()
@@ -142,14 +163,18 @@ def make(name: str, profile: str, n: int, load: float, seed: int, seconds: float
     """The requests of a workload (its first so many seconds) at a load of ``n`` backends."""
     engine = PROFILES[profile]
     most = engine.kv * 0.8
-    rows = [row for row in {"conversation": conversation, "tools": tools}[name]() if row.tokens + row.output <= most]
+    rows = [
+        row
+        for row in {"conversation": conversation, "tools": tools, "tenants": tenants}[name]()
+        if row.tokens + row.output <= most
+    ]
     rows = [row for row in rows if row.at < seconds]
     rows = users(rows, load * n / demand(rows, engine), seed)
     latest: dict[int, int] = {}
     requests = []
     for rid, row in enumerate(rows):
         ends = [min((k + 1) * BLOCK, row.tokens) for k in range(len(row.blocks))]
-        prompt = Blocks(list(row.blocks), ends, row.tokens)
+        prompt = Blocks(list(row.blocks), ends, row.tokens, [str(block) for block in row.blocks])
         requests.append(Request(rid, row.at, prompt, row.output, str(row.session), latest.get(row.session)))
         latest[row.session] = rid
     return requests

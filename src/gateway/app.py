@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import count
 from random import getrandbits
-from typing import Final
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
 from uuid import uuid4
 
 import msgspec
@@ -16,7 +17,7 @@ from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 from twisted.web.resource import IResource
 from twisted.web.server import Request
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.exceptions import HTTPException, MethodNotAllowed, NotFound
 from werkzeug.routing import PathConverter
 
 from . import __version__
@@ -24,6 +25,7 @@ from .backend import Answer
 from .core import endpoints, openapi, wire
 from .core.error_forms import ANTHROPIC, OPENAI, RESPONSES, ErrorForm
 from .core.errors import UNDECODABLE, BackendFailed, GatewayError, internal_error
+from .core.forwarded import UNIX, Proxies
 from .core.messages import COUNT_TOKENS, MESSAGES
 from .core.model_settings import NO_MODELS, Models, listed
 from .core.record import Record
@@ -33,6 +35,7 @@ from .dashboard import HEADERS, PAGE, Dashboard
 from .dispatch import Dispatcher
 from .guard import Guard
 from .inference import Inference
+from .logs import QUIET
 from .metrics import Metrics
 from .net.channel import Refusal
 from .net.headers import last_of, pairs_of
@@ -42,8 +45,16 @@ from .relay import connected, cut, relay
 _log: Final = Logger("gateway.app")
 _DRAINING: Final = "The gateway is shutting down: send the request again."
 
-UNTRACED: Final = frozenset(["/healthz", "/readyz", "/metrics"])
-"""Asked all the time, by probes and scrapes: part of a caller's trace, but never a trace of their own."""
+_EVERYWHERE: Final = frozenset(["/healthz", "/readyz"])
+
+
+def _is_admin(route: str) -> bool:
+    """Whether a route is for who operates the gateway."""
+    return route == "/metrics" or route.startswith(("/admin", "/dashboard"))
+
+
+UNTRACED: Final = frozenset(["/healthz", "/readyz", "/metrics", *QUIET])
+"""Asked all the time, by probes, scrapes and who watches: part of a caller's trace, but never a trace of their own."""
 
 MAX_PATH: Final = 256
 
@@ -61,9 +72,12 @@ class _ModelId(PathConverter):
 class App:
     """The HTTP face of the gateway.
 
+    ``leaving``: balancers are told to go elsewhere; ``draining``: new requests for backends are refused.
     ``now`` gives seconds on the monotonic clock. ``observers`` see every record once. ``admin``: the dashboard and the routes
-    under /admin are there. ``guard`` asks who sends a request; without one, nobody is asked. ``models``: what the settings say
-    of models. ``tracing`` says which requests have spans; without it none has.
+    under /admin are there. ``split``: they and /metrics are on a `Server` of their own, for admin, and all else is not there.
+    ``proxies`` are believed whose request it is that they pass on. ``guard`` asks who sends a request; without one, nobody is
+    asked. ``models``: what the settings say of models. ``tracing`` says which requests have spans; without it none has.
+    ``settings`` gives those that hold, to be shown.
     """
 
     router = Klein()
@@ -82,18 +96,24 @@ class App:
         *,
         dashboard: Dashboard,
         admin: bool = True,
+        split: bool = False,
+        proxies: Proxies | None = None,
         guard: Guard | None = None,
         models: Models = NO_MODELS,
         tracing: Tracing | None = None,
+        settings: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        self.draining = False
+        self.leaving = self.draining = False
         self._dashboard = dashboard
         self._inference = inference
         self._dispatcher = dispatcher
         self._admin = admin
-        self._guard = guard
+        self._split = split
+        self._proxies = proxies
+        self.guard = guard
         self._named = models
         self._tracing = tracing or Following()
+        self._settings = settings
         self._status = status
         self._metrics = metrics
         self._observers = observers
@@ -101,6 +121,10 @@ class App:
         self._request_ids = _request_ids()
         self._running: dict[Record, Deferred[None]] = {}
         self._finished: Deferred[None] | None = None
+
+    def use(self, inference: Inference, models: Models, *, admin: bool) -> None:
+        """These answer the requests that come from now on."""
+        self._inference, self._named, self._admin = inference, models, admin
 
     def resource(self) -> IResource:
         return self.router.resource()
@@ -197,6 +221,10 @@ class App:
 
         return self._run(request, "/admin/backends/{name}", change)
 
+    @router.route("/admin/settings", methods=["GET"])
+    def settings(self, request: Request) -> Deferred[None]:
+        return self._run(request, "/admin/settings", self._settings_page)
+
     @router.route("/dashboard", methods=["GET"])
     def dashboard(self, request: Request) -> Deferred[None]:
         return self._run(request, "/dashboard", self._dashboard_page)
@@ -214,7 +242,8 @@ class App:
         """No route, or not with this method. Klein itself writes what this returns, and finishes the request."""
         anthropic = request.path.rstrip(b"/") in (MESSAGES.encode("ascii"), COUNT_TOKENS.encode("ascii"))
         record = self._begin(request, "other", ANTHROPIC if anthropic else OPENAI)
-        error = _no_route(request, failure.value)
+        here = not self._split or _is_here(request, unquote_to_bytes(request.path).decode("latin-1"))
+        error = _no_route(request, failure.value if here else None)
         record.failed(error)
         self._observe(record)
         return _head_of_error(request, record, error)
@@ -278,6 +307,11 @@ class App:
         state = next(state for state in pool.snapshot() if state.name == name)
         _reply(request, record, msgspec.json.encode({"name": name, "state": state.state, "in_flight": state.held}))
 
+    async def _settings_page(self, request: Request, record: Record) -> None:
+        """What `inference-gateway check --diff` compares with."""
+        self._check_admin(request)
+        _reply(request, record, msgspec.json.encode(self._settings()))
+
     def _check_admin(self, request: Request) -> None:
         if not self._admin:
             raise _no_route(request, None)
@@ -302,9 +336,12 @@ class App:
         _reply(request, record, b'{"status": "ok"}')
 
     async def _readyz(self, request: Request, record: Record) -> None:
-        if self.draining:
+        if self.leaving or self.draining:
             raise GatewayError("draining", "The gateway is shutting down.")
-        if not self._status().ready:
+        status = self._status()
+        if status.unanswered:
+            raise GatewayError("no_backend", f"It is not known yet what backends there are of {', '.join(status.unanswered)}.")
+        if not status.ready:
             raise GatewayError("no_backend", "No backend is reachable.")
         _reply(request, record, b'{"status": "ready"}')
 
@@ -319,6 +356,9 @@ class App:
     # --- one request
 
     def _run(self, request: Request, route: str, work: Work, form: ErrorForm = OPENAI) -> Deferred[None]:
+        if self._split and not _is_here(request, route):
+            _write(request, self.no_route(request, Failure(NotFound())))
+            return succeed(None)
         record = self._begin(request, route, form)
         running = ensureDeferred(self._answered(request, record, work))
         if not running.called:
@@ -327,7 +367,9 @@ class App:
 
     def _begin(self, request: Request, route: str, form: ErrorForm) -> Record:
         method = request.method.decode("ascii", "replace")
-        client = getattr(request.getClientAddress(), "host", "")
+        client = getattr(request.getClientAddress(), "host", UNIX)
+        if self._proxies is not None:
+            client = self._client(client, request.requestHeaders)
         record = self._record(request.getHeader(b"x-request-id"), method, route, client)
         if self._tracing.ratio or b"traceparent" in last_of(request.requestHeaders):
             record.trace = self._trace(request.requestHeaders, route, request.path)
@@ -341,6 +383,11 @@ class App:
         request_id = wire.accepted_request_id(given_id) or next(self._request_ids)
         return Record(request_id, method[:20], route, self._now(), client)
 
+    def _client(self, peer: str, headers: Headers) -> str:
+        """Whose request it is, if ``peer`` may say so."""
+        given = [value for name, value in pairs_of(headers) if name == b"x-forwarded-for"]
+        return self._proxies.client(peer, given) if self._proxies is not None else peer
+
     def _trace(self, headers: Headers, route: str, path: bytes = b"") -> Trace | None:
         given = b"traceparent" in last_of(headers)
         if not given and (not self._tracing.ratio or route in UNTRACED):
@@ -353,13 +400,14 @@ class App:
     async def _answered(self, request: Request, record: Record, work: Work) -> None:
         """Whatever ends the request, it ends with an answer if somebody waits for one, and is observed once."""
         try:
-            if self._guard is not None and (admitted := self._guard.admit(request, record)) is not None:
+            if self.guard is not None and (admitted := self.guard.admit(request, record)) is not None:
                 await admitted
             await work(request, record)
         except CancelledError:
             if connected(request):
                 _fail(request, record, GatewayError("draining", _DRAINING, retry_after=1.0))
             else:
+                record.left = getattr(request, "left", 0.0)
                 record.failed(GatewayError("client_cancelled", "The client went away."))
         except GatewayError as error:
             _fail(request, record, error)
@@ -381,7 +429,8 @@ class App:
     def refused(self, refusal: Refusal) -> str:
         """A request that was turned away before it had a route; returns its id."""
         given_id = refusal.headers.getRawHeaders(b"x-request-id", [None])[-1]
-        record = self._record(given_id, refusal.method, "other", refusal.client)
+        client = self._client(refusal.client, refusal.headers)
+        record = self._record(given_id, refusal.method, "other", client)
         record.trace = self._trace(refusal.headers, record.route)
         record.failed(refusal.error)
         self._observe(record)
@@ -416,6 +465,12 @@ def _request_ids() -> Iterator[str]:
     head = str(uuid4())[:24]
     for number in count(getrandbits(47)):
         yield f"{head}{number:012x}"
+
+
+def _is_here(request: Request, route: str) -> bool:
+    """Whether a route is to be found on the `Server` that the request came to. By its route, not its path, which has many
+    spellings."""
+    return route in _EVERYWHERE or _is_admin(route) is request.site.admin  # type: ignore[union-attr]  # one of ours
 
 
 def _no_route(request: Request, problem: BaseException | None) -> GatewayError:

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from . import __version__, top, usage_command
+from . import __version__, check_command, top, usage_command
 from .command import die, settings_of
 from .core import api_keys, readers
 from .core.api_keys import ApiKey, new_key, with_field, with_key
@@ -21,7 +21,7 @@ from .core.principal import Budget
 from .core.readers import Reader, SettingsError
 from .core.settings import Source
 from .keys_file import Change, changing, read_keys
-from .top import TopError
+from .remote import NotTold
 
 _TEN_YEARS: Final = 3650 * 86400.0
 _LIMITS: Final = ("models", "rpm", "tpm", "concurrency", "budget", "priority", "weight")
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     try:
         given.run(given)
-    except (SettingsError, TopError) as problem:
+    except (SettingsError, NotTold) as problem:
         die(problem)
 
 
@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     keys = commands.add_parser("keys", help="add, list, revoke and rotate API keys")
     _add_keys_commands(keys.add_subparsers(required=True, metavar="COMMAND"))
+    check_command.add_parser(commands)
     usage_command.add_parser(commands)
     watch = "watch a running gateway; where it asks for a key, GATEWAY_ADMIN_KEY is one with admin"
     watching = commands.add_parser("top", help=watch, description=watch)

@@ -18,7 +18,7 @@ from .core.scheduler import Scheduler
 from .core.status import Offer
 from .core.tickets import Hopeless, QueueFull, Ticket
 from .core.usage import Usage
-from .pool import Pool
+from .pool import Pool, Sent
 
 LIKE_TOKENS: Final = 256.0
 """A request costs a backend something before its first token even without a prompt: as much as so many tokens do."""
@@ -39,7 +39,8 @@ class Lease:
     backend: Backend | None = None
     usage: Usage | None = None
     first_byte_seconds = 0.0
-    _era = 0
+    sent: Sent
+    """As the pool knows it, once there is a backend."""
     asked_at = 0.0
     sent_at = 0.0
     _patience: float | None = None
@@ -70,7 +71,7 @@ class Lease:
         """The scheduler has given it a backend."""
         self.backend = backend
         self.sent_at = now
-        self._era = self._dispatcher.pool.sent(backend.name)
+        self.sent = self._dispatcher.pool.sent(backend.name)
 
     def wake(self) -> None:
         """Tell who waits for the backend."""
@@ -111,19 +112,19 @@ class Lease:
 
     def tell(self, pool: Pool, *, cancelled: bool) -> None:
         """How it ended, to the pool."""
-        name = self.ticket.backend or ""
         if self._failure is not None:
-            pool.failed(name, self._era, self._failure)
+            pool.failed(self.sent, self._failure)
         elif cancelled:
-            pool.cancelled(name, self._era)
+            pool.cancelled(self.sent)
         elif self._patience is not None:
-            pool.rate_limited(name, self._era, self._patience)
+            pool.rate_limited(self.sent, self._patience)
         else:
-            pool.succeeded(name, self._era, self.first_byte_seconds)
+            pool.succeeded(self.sent, self.first_byte_seconds)
 
 
 class Dispatcher:
-    """Leases backends. ``scheduler`` decides which and when; ``pool`` says what there is, and is told how things went."""
+    """Leases backends. ``scheduler`` decides which and when; ``pool`` says what there is, and is told how things went.
+    ``backends`` are those of the pool by name, at any time."""
 
     def __init__(self, scheduler: Scheduler, pool: Pool, backends: Mapping[str, Backend], clock: IReactorTime) -> None:
         self.pool = pool
@@ -134,7 +135,7 @@ class Dispatcher:
         self._waiting: dict[Ticket, Lease] = {}
         self._restarts: dict[str, int] = {}
         self._wake: IDelayedCall | None = None
-        pool.watch(self._offered)
+        pool.watch(self._offered, self._left, self._settled)
 
     def _offered(self, offer: Offer) -> None:
         """Something about a backend has changed."""
@@ -153,9 +154,17 @@ class Dispatcher:
             cost=offer.cost_factor,
             load=offer.load,
         )
+
+    def _left(self, name: str) -> None:
+        """A backend gets no more requests; those that it has are still released."""
+        self.scheduler.remove_backend(name, self.now())
+        self._restarts.pop(name, None)
+
+    def _settled(self) -> None:
+        """All that has changed at once is known."""
         if self._waiting:
             self._give_up()
-            self._pass(now)
+            self._pass(self.now())
 
     def _give_up(self) -> None:
         """Of those that wait, some may have nothing to wait for any more."""
@@ -185,14 +194,23 @@ class Dispatcher:
             message = "The request would not be served before its deadline."
             raise GatewayError("queue_timeout", message, retry_after=late.retry_after) from None
         self._waiting[ticket] = lease
+        self._refuse_displaced(now)
         if self._is_hopeless(ticket):
             self._drop(ticket, now)
             raise self._nobody(ticket)
         self._pass(now)
         return lease
 
+    def _refuse_displaced(self, now: float) -> None:
+        """Of those that waited, some have lost their places."""
+        for ticket in self.scheduler.displaced():
+            waiting = self._waiting.pop(ticket, None)  # None: its request ended when another attempt of it lost its place
+            if waiting is not None:
+                message = "The gateway's queue is full, and requests of a higher priority have come."
+                waiting.refuse(GatewayError("queue_full", message, retry_after=self.retry_after(ticket, now)))
+
     def _nobody(self, ticket: Ticket) -> GatewayError:
-        if not self.scheduler.knows_model(ticket.model):
+        if not self.scheduler.knows_model(ticket.model) and not self.pool.may_come(ticket.model):
             what = f"The model '{ticket.model[:200]}' does not exist: GET /v1/models lists those that do."
             return GatewayError("model_not_found", what, param="model")
         return GatewayError("no_backend", "No backend is there for this model now.", retry_after=self.pool.soonest())
@@ -202,7 +220,7 @@ class Dispatcher:
         ticket = lease.ticket
         self.scheduler.first_token(ticket, now)
         if self.pool.adaptive:
-            self.pool.first_token(ticket.backend or "", lease.first_byte_seconds, _to_read(ticket))
+            self.pool.first_token(lease.sent, lease.first_byte_seconds, _to_read(ticket))
         if self._waiting:
             self._pass(now)
 
@@ -215,7 +233,7 @@ class Dispatcher:
         self.scheduler.release(ticket, now, usage)
         if self.pool.adaptive and usage is not None and not ticket.streams:  # how long all of it took, at least, was seen
             expected = _to_read(ticket) + OUTPUT * usage.completion_tokens
-            self.pool.first_token(lease.backend.name, now - lease.sent_at, expected)
+            self.pool.first_token(lease.sent, now - lease.sent_at, expected)
         lease.tell(self.pool, cancelled=cancelled)
         if self._waiting:
             self._pass(now)

@@ -26,6 +26,9 @@ from .net.headers import last_of, pairs_of
 END_SECONDS: Final = 1.0
 """How long a backend may take to end the body after an answer's last event."""
 
+MANY_PIECES: Final = 1024
+"""Pieces of a whole answer that are held before they are joined: one of a byte or two costs twenty times its length."""
+
 Receive = Callable[[bytes], None]
 
 
@@ -81,6 +84,7 @@ class Exchange(protocol.Protocol):
     _paused = False
     _silence: Deadlines[Exchange] | None = None  # the table that our timer is in
     _size = 0
+    _joined = 0  # of the body's pieces, the first are of many each
 
     def __init__(self, client: HTTPClient, timers: Timers, limit: int) -> None:
         self._client = client
@@ -139,6 +143,9 @@ class Exchange(protocol.Protocol):
             message = f"The backend's answer is larger than {self._limit} bytes, the limit of this gateway."
             raise BackendFailed("backend_protocol_error", message)
         self._body.append(data)
+        if len(self._body) - self._joined == MANY_PIECES:
+            self._body[self._joined :] = [b"".join(self._body[self._joined :])]
+            self._joined += 1
 
     def _wait(self) -> Deferred[None]:
         """A Deferred for the next thing to happen, whose cancellation is a CancelledError and closes the connection."""
@@ -197,7 +204,8 @@ class Exchange(protocol.Protocol):
             self._wake()
             return
         if self._silence is self._patience:
-            self._silence.start(self)
+            if self._silence is not self._timers.end:  # after the last event nothing buys more time
+                self._silence.start(self)
         elif not self._paused:  # of what came before a pause the rest may still be handed over
             self._wait_in(self._patience)
         try:
@@ -266,7 +274,9 @@ class Exchange(protocol.Protocol):
     # --- IPushProducer: the client's pace is the backend's
 
     def expect_end(self) -> None:
-        """The answer is whole: a backend that does not end its body soon is not waited for."""
+        """The answer is whole: a backend that does not end its body soon is not waited for, whatever else it sends."""
+        if self._patience is self._timers.end:
+            return
         self._patience = self._timers.end
         if self._silence is not None:
             self._wait_in(self._patience)

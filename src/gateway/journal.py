@@ -116,3 +116,9 @@ class Journal:
         with self._lock:
             for file in self._files:
                 os.close(file)
+
+
+def has_lines(path: Path) -> bool:
+    """There is such a journal, with something in it."""
+    files = [Path(f"{path}.{number}") for number in (0, 1)]
+    return any(file.is_file() and file.stat().st_size for file in files)

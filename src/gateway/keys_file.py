@@ -9,22 +9,16 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from twisted.application.service import Service
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IDelayedCall, IReactorTime
-from twisted.logger import Logger
-from twisted.python.failure import Failure
+from twisted.internet.interfaces import IReactorTime
 
 from .core.api_keys import ApiKey, parse_keys
 from .core.readers import SettingsError
+from .watched import InThread, Watched
 
-POLL_SECONDS: Final = 1.0
 MAX_FILE: Final = 16 * 1024 * 1024
 NEW_MODE: Final = 0o600
-
-_log: Final = Logger("gateway.keys")
 
 
 def read_text(path: Path) -> str:
@@ -107,71 +101,12 @@ def _why(problem: Exception) -> str:
     return problem.strerror or str(problem) if isinstance(problem, OSError) else str(problem)
 
 
-class KeysFile(Service):
-    """Reads the keys again whenever the file has changed, and tells ``use`` of them: all, or none if one is wrong.
+class KeysFile(Watched[Sequence[ApiKey]]):
+    """Reads the keys again whenever the file has changed, and tells ``use`` of them: all, or none if one is wrong. A file of
+    thousands of keys takes a while to parse. Raises `SettingsError`."""
 
-    ``in_thread`` runs a function beside the reactor, since a file of thousands of keys takes a while to parse.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        clock: IReactorTime,
-        use: Callable[[Sequence[ApiKey]], object],
-        in_thread: Callable[[Callable[[], Any]], Deferred[Any]],
-    ) -> None:
-        self._path = path.absolute()  # a daemon changes its directory
-        self._clock = clock
-        self._use = use
-        self._in_thread = in_thread
-        self._seen = self._look()
-        self._timer: IDelayedCall | None = None
-        self._reading: Deferred[Any] | None = None
-        use(read_keys(self._path))
-
-    def startService(self) -> None:
-        super().startService()
-        self._timer = self._clock.callLater(POLL_SECONDS, self._poll)
-
-    def stopService(self) -> None:
-        super().stopService()
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if self._reading is not None:
-            self._reading.cancel()
-
-    def _look(self) -> tuple[int, ...] | None:
-        """What is different after every change; None if the file cannot be looked at."""
-        try:
-            found = self._path.stat()
-        except OSError:
-            return None
-        return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-    def _poll(self) -> None:
-        self._timer = None
-        seen = self._look()
-        if seen == self._seen:
-            self._again()
-            return
-        self._seen = seen
-        self._reading = self._in_thread(lambda: read_keys(self._path))
-        self._reading.addCallbacks(self._read, self._failed)
-        self._reading.addErrback(lambda failure: _log.failure("a bug in reading the keys file", failure))
-        self._reading.addBoth(lambda _: self._again())
-
-    def _again(self) -> None:
-        self._reading = None
-        if self.running:
-            self._timer = self._clock.callLater(POLL_SECONDS, self._poll)
-
-    def _read(self, keys: Sequence[ApiKey]) -> None:
-        self._use(keys)
-        _log.info("{path}: read again, keys: {count}", path=str(self._path), count=len(keys))
-
-    def _failed(self, failure: Failure) -> None:
-        """Said once: the next look is only at a change."""
-        if failure.check(CancelledError) is None:
-            failure.trap(SettingsError)
-            _log.error("{problem}; the keys of before stay", problem=failure.getErrorMessage())
+    def __init__(self, path: Path, clock: IReactorTime, use: Callable[[Sequence[ApiKey]], object], in_thread: InThread) -> None:
+        path = path.absolute()  # a daemon changes its directory
+        super().__init__(
+            [path], clock, lambda: read_keys(path), use, in_thread, told=lambda keys: f"keys: {len(keys)}", what="keys"
+        )

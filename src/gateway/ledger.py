@@ -55,7 +55,7 @@ class Ledger(Service):
         self._unix = unix
         self._flush = flush
         self._routes = routes
-        self._prices = prices
+        self.prices = prices
         self._lines: list[bytes] = []
         self._first = 0.0
         self._seen = 0
@@ -78,7 +78,7 @@ class Ledger(Service):
         lines = self._lines
         if not lines:
             self._gather(record.ended)
-        lines.append(encode(row_of(record, self._offset, self._prices)))
+        lines.append(encode(row_of(record, self._offset, self.prices)))
         if len(lines) >= GATHERED:
             self.flush()
 

@@ -94,6 +94,11 @@ class Limiting:
         self._prices = prices or {}
         self._limited: dict[str, int] = {}
 
+    def use(self, default: Limits, prices: Prices) -> None:
+        """These hold for requests that come from now on."""
+        self._default = default
+        self._prices = prices
+
     def limits_of(self, principal: Principal) -> Limits:
         """`NO_LIMITS` itself where nothing has to be counted."""
         limits = principal.limits

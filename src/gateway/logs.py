@@ -6,19 +6,15 @@ A line never holds a prompt, an answer or a key: the record it is made of has no
 from __future__ import annotations
 
 import math
-import os
 import re
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 from time import time
 from typing import Any, Final, Literal
 
 import msgspec
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import ILogObserver, LogEvent, Logger, LogLevel, formatEvent
-from twisted.python.logfile import LogFile
 from zope.interface import implementer
 
 from .core.record import Record
@@ -36,7 +32,6 @@ GATHERED: Final = 1000
 
 Format = Literal["text", "json"]
 _log: Final = Logger("gateway.access")
-_file_log: Final = Logger("gateway.logs")
 
 
 class Fields(dict[str, Any]):
@@ -176,52 +171,25 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1000, 2)
 
 
+QUIET: Final = frozenset(["/dashboard/state", "/dashboard/events"])
+"""Routes that a page or `inference-gateway top` asks for all the time: they have a line only if they are refused or fail."""
+
 _OURS: Final = frozenset(["backend", "gateway"])
 """Faults that are worth a warning."""
 
 
 def access_log(record: Record) -> None:
     """An observer of records, for a log that is not ours: one event a request."""
+    if record.route in QUIET and record.status < 400:
+        return
     level: Any = LogLevel.warn if record.fault in _OURS else LogLevel.info
     _log.emit(level, "{access}", access=access_fields(record))
 
 
-class StandardOutput:
-    """The process's own; twistd soon puts a file that logs in its place."""
-
-    def __init__(self) -> None:
-        self._file = sys.stdout
-
-    def __call__(self, line: str) -> None:
-        self._file.write(line)
-        self._file.flush()
-
-
-class RotatedFile:
-    """A log file that begins anew at ``size`` bytes, and when told to; ``count`` old ones are kept.
-
-    Each has the mode that the umask at the start gives it: a daemon's own is 077. Raises OSError.
-    """
-
-    def __init__(self, path: Path, size: int, count: int) -> None:
-        umask = os.umask(0)
-        os.umask(umask)
-        place = path.absolute()
-        self._file = LogFile(
-            place.name, str(place.parent), defaultMode=0o666 & ~umask, rotateLength=size, maxRotatedFiles=count
-        )
-
-    def __call__(self, line: str) -> None:
-        self._file.write(line)
-
-    def rotate(self) -> None:
-        """Begin a new file; the one before keeps its lines under another name, given by us or by logrotate."""
-        if not Path(self._file.path).exists():
-            self._file.reopen()
-        elif os.access(self._file.directory, os.W_OK):
-            self._file.rotate()
-        else:
-            _file_log.warn("the log's directory {directory} cannot be written to", directory=self._file.directory)
+_OF_DNS_PORTS: Final = re.compile(
+    r"DNSDatagramProtocol starting on \d+|\(UDP Port \d+ Closed\)|(Starting|Stopping) protocol <twisted\.names\.dns\.[^>]*>"
+)
+"""What twisted says of each question to a name server, and cannot be told not to."""
 
 
 @implementer(ILogObserver)
@@ -244,6 +212,8 @@ class LineObserver:
         level: Any = event.get("log_level") or LogLevel.info
         namespace = str(event.get("log_namespace") or "-")
         fields = access if isinstance(access, Fields) else Fields(message=_message(event))
+        if access is None and _OF_DNS_PORTS.fullmatch(fields["message"]):
+            return
         if "log_failure" in event:
             fields["traceback"] = event["log_failure"].getTraceback()[-MAX_TEXT:]
         self.flush()
@@ -260,6 +230,8 @@ class LineObserver:
         access_text = AccessText()
 
         def observe(record: Record) -> None:
+            if record.route in QUIET and record.status < 400:
+                return
             gathered = self._gathered
             if not gathered:
                 clock.callLater(GATHER_SECONDS, self.flush)

@@ -20,7 +20,7 @@ from .core.endpoints import ENDPOINTS
 from .core.histogram import Histogram
 from .core.look import Snapshot
 from .core.messages import MESSAGES
-from .core.record import Record
+from .core.record import CANCELLED, Record, Try
 from .core.status import LimitsState, Status
 
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -43,7 +43,13 @@ LookUp = Callable[[], Status]
 TOKENS: Final = ("prompt", "completion", "cached")
 
 LABELS_SECONDS: Final = 1.0
-"""How long it is remembered which models there are."""
+"""How long it is remembered which models and backends there are."""
+
+KEPT_SECONDS: Final = 300.0
+"""A backend that is gone has its counts for so long after they were seen to be without one, so that each scrape gets them."""
+
+MAX_GONE: Final = 256
+"""Backends that are gone and still have their counts."""
 
 
 def buckets(seen: Histogram) -> list[tuple[str, float]]:
@@ -58,7 +64,7 @@ class Metrics:
     def __init__(self, status: LookUp, now: Callable[[], float], models: Collection[str] = ()) -> None:
         self._status = status
         self._now = now
-        self._models = models
+        self.models = models
         self._started = now()
         self._requests: dict[tuple[str, str, str, int, str, str], int] = {}
         self._duration: dict[str, Histogram] = {}
@@ -67,9 +73,12 @@ class Metrics:
         self._first_token: dict[str, Histogram] = {}
         self._overhead: dict[str, Histogram] = {}
         self._per_token: dict[str, Histogram] = {}
+        self._cancel = Histogram(OVERHEAD_SECONDS)
         self._tokens: dict[str, list[int]] = {}  # by model; prompt, completion, cached
         self._model_labels: dict[str, str] = {}
         self._labels_until = 0.0
+        self._gone: dict[str, float] = {}  # backends that are, by when that was seen
+        self._before: dict[tuple[str, str], int] = {}  # requests of those that are forgotten, by route and code
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.registry.register(self)
@@ -92,6 +101,8 @@ class Metrics:
                 seen.observe(overhead)
             for code in record.retries:
                 self._retries[code] = self._retries.get(code, 0) + 1
+            if record.left and tries and _was_at_it(record, tries[-1]):
+                self._cancel.observe(record.ended - record.left)
         used = record.usage
         if used.prompt_tokens or used.completion_tokens:
             tokens = self._tokens.get(model)
@@ -113,9 +124,25 @@ class Metrics:
             return ""
         if record.ended >= self._labels_until:
             self._labels_until = record.ended + LABELS_SECONDS
-            self._model_labels = {name: name for backend in self._status().backends for name in backend.models or ()}
-            self._model_labels.update((name, name) for name in self._models)
+            backends = self._status().backends
+            self._model_labels = {name: name for backend in backends for name in backend.models or ()}
+            self._model_labels.update((name, name) for name in self.models)
+            self._forget({backend.name for backend in backends})
         return self._model_labels.get(model, "other")
+
+    def _forget(self, there: set[str]) -> None:
+        """Drop the counts of backends that have been gone for long; the totals keep them."""
+        now = self._now()
+        counted = {backend for _, _, backend, _, _, _ in self._requests if backend} - there
+        self._gone = {name: self._gone.get(name, now) for name in counted}
+        if not counted:
+            return
+        longest_gone = sorted(self._gone, key=self._gone.__getitem__)
+        old = {name for name in longest_gone if now - self._gone[name] >= KEPT_SECONDS}
+        old.update(longest_gone[: max(len(longest_gone) - MAX_GONE, 0)])
+        for ended in [ended for ended in self._requests if ended[2] in old]:
+            route, code, count = ended[0], ended[4], self._requests.pop(ended)
+            self._before[route, code] = self._before.get((route, code), 0) + count
 
     # --- what it looks like from outside
 
@@ -134,6 +161,7 @@ class Metrics:
     def summary(self) -> dict[str, Any]:
         """The totals of inference requests, and how things stand."""
         ended = [(code, count) for (route, _, _, _, code, _), count in self._requests.items() if route in INFERENCE_ROUTES]
+        ended += [(code, count) for (route, code), count in self._before.items() if route in INFERENCE_ROUTES]
         failed: dict[str, int] = {}
         for code, count in ended:
             if code:
@@ -191,6 +219,10 @@ class Metrics:
         yield _family(name, "From the whole request in to the first token of a stream.", "route", self._first_token)
         name = "gateway_time_per_output_token_seconds"
         yield _family(name, "Mean time between the tokens of one stream.", "model", self._per_token)
+        name = "gateway_backend_cancel_seconds"
+        cancel = HistogramMetricFamily(name, "From a client's leaving to its backend's connection closed, its slot free.")
+        cancel.add_metric([], buckets(self._cancel), self._cancel.total)
+        yield cancel
         retries = CounterMetricFamily("gateway_retries", "Attempts that failed and were followed by another.", labels=["code"])
         for code, number in self._retries.items():
             retries.add_metric([code], number)
@@ -202,6 +234,11 @@ class Metrics:
                     tokens.add_metric([kind, model], number)
         yield tokens
         yield from _gauges(self._status())
+
+
+def _was_at_it(record: Record, last: Try) -> bool:
+    """The backend worked on the request when its client went away."""
+    return last.code in {"", CANCELLED} and (record.stream or not last.replied)
 
 
 def _observe(series: dict[str, Histogram], label: str, bounds: Sequence[float], value: float) -> None:
@@ -258,11 +295,14 @@ def _gauges(status: Status) -> Iterator[Metric]:
     yield from _scheduling(status.scheduling)
     yield from _limits(status.limits)
     breaker = GaugeMetricFamily("gateway_breaker_state", "1 for the state a breaker is in.", labels=["backend", "state"])
-    transitions = CounterMetricFamily("gateway_breaker_transitions", "Times that a breaker opened.", labels=["backend"])
+    entered = "Times that a breaker came into a state."
+    transitions = CounterMetricFamily("gateway_breaker_transitions", entered, labels=["backend", "state"])
     slots = GaugeMetricFamily("gateway_backend_slots", "Requests that a backend works on at once.", labels=["backend"])
     for backend in status.backends:
         breaker.add_metric([backend.name, backend.breaker], 1)
-        transitions.add_metric([backend.name], backend.opened)
+        transitions.add_metric([backend.name, "open"], backend.opened)
+        transitions.add_metric([backend.name, "half_open"], backend.half_opened)
+        transitions.add_metric([backend.name, "closed"], backend.closed)
         if backend.slots is not None:
             slots.add_metric([backend.name], backend.slots)
     yield from (breaker, transitions, slots)

@@ -260,8 +260,10 @@ class RedisLimiter:
     # --- time
 
     def _came(self) -> None:
-        """Redis is back, and may have forgotten everything."""
-        self._like_before = self._now() + LIKE_BEFORE
+        """Redis is there, or back, and may have forgotten everything that this process knows. One that knows nothing yet keeps
+        silent: what it hears in its first minute and told again would undo what others settle."""
+        if len(self._local):
+            self._like_before = self._now() + LIKE_BEFORE
         self._renew()
         self._pump()
 

@@ -32,6 +32,9 @@ CONNECT_TIMEOUT: Final = 5.0
 UNHURRIED: Final = 0.01
 """Seconds that what nobody waits for may wait itself, to be sent along with others: a write is the dearest part of a call."""
 
+_MOST: Final = 2**53
+"""Up to here Redis' scripts count exactly."""
+
 _LUA: Final = Path(__file__).with_name("lua")
 
 
@@ -40,18 +43,19 @@ class Away(Exception):
 
 
 class Refused(Away):
-    """Redis has answered with an error."""
+    """Redis has answered with an error, or what is there is no Redis."""
 
 
 class Script:
-    """A Lua script, by its name."""
+    """A Lua script, by its name. It answers with so many ``numbers``; with None, with a single one."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, numbers: int | None = None) -> None:
+        self.numbers = numbers
         self.source = (_LUA / "account.lua").read_bytes() + (_LUA / f"{name}.lua").read_bytes()
         self.sha = hashlib.sha1(self.source, usedforsecurity=False).hexdigest()
 
 
-RESERVE: Final = Script("reserve")
+RESERVE: Final = Script("reserve", 7)
 SETTLE: Final = Script("settle")
 RENEW: Final = Script("renew")
 
@@ -163,6 +167,8 @@ class Link:
         """Two keys and what the script takes. Fails with `Away`. Without ``hurry`` it is sent with the next that is in one, or
         `UNHURRIED` seconds later."""
         call = _Call(script, (2, *arguments))
+        if self.up and self._is_ahead():
+            self._away("it answers what it was not asked")
         if not self.up:
             call.result.errback(Away())
             return call.result
@@ -173,6 +179,10 @@ class Link:
         elif self._flush is None:
             self._flush = self._clock.callLater(UNHURRIED, self._send)
         return call.result
+
+    def _is_ahead(self) -> bool:
+        """An answer is there to which there is no question: no later one could be told whose it is."""
+        return bool(self._protocol.replyQueue.pending)
 
     def _write(self, call: _Call, command: str, script: str | bytes) -> None:
         self._written.append(_encoded((command, script, *call.arguments)))
@@ -192,8 +202,10 @@ class Link:
 
     def _answered(self, answer: Any, call: _Call) -> None:
         """With the script's own answer, Redis' error, or that the connection was lost."""
+        if not isinstance(answer, Exception) and not _is_answer(answer, call.script):
+            answer = ResponseError("what no script of the gateway's does")
         refused = isinstance(answer, ResponseError)
-        if refused and str(answer).startswith("NOSCRIPT") and self.up:
+        if refused and str(answer).startswith("NOSCRIPT") and self.up and not self._is_ahead():
             self._write(call, "EVAL", call.script.source)  # a restart or a failover has lost it; this puts it back
             self._send()
             return
@@ -206,6 +218,14 @@ class Link:
             call.result.errback(Refused() if refused else Away())
         else:
             call.result.callback(answer)
+
+
+def _is_answer(answer: Any, script: Script) -> bool:
+    """It is what the script answers: numbers that a script of Redis can count with."""
+    found = [answer] if script.numbers is None else answer
+    if not isinstance(found, list) or (script.numbers is not None and len(found) != script.numbers):
+        return False
+    return all(isinstance(one, int) and abs(one) <= _MOST for one in found)
 
 
 def _encoded(words: Sequence[object]) -> bytes:

@@ -10,11 +10,11 @@ import gc
 import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Mapping
-from random import getrandbits
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Protocol
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
@@ -22,46 +22,65 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.logger import ILogObserver, Logger
 from twisted.web.server import Request
 
-from . import __version__
 from .app import App, Observer
 from .backend import Backend, HTTPBackend
 from .calls import Calls
-from .core import otel_settings
+from .core.auth_settings import asks_for_keys
 from .core.backend_settings import BackendSettings
+from .core.changes import LIVE
+from .core.forwarded import Proxies
 from .core.live import Live
 from .core.policy import POLICIES
 from .core.principal import NO_LIMITS
 from .core.principal import Limits as KeyLimits
+from .core.readers import SettingsError
 from .core.record import Record
 from .core.retry_budget import RetryBudget
 from .core.scheduler import Scheduler
 from .core.settings import Settings
-from .core.spans import Place, place_of
+from .core.spans import Place
 from .core.status import Status
 from .core.tickets import Bounds
-from .core.trace_context import Tracing
 from .dashboard import Dashboard
+from .discovery import Discovery
 from .dispatch import Dispatcher
 from .echo import EchoBackend
 from .exchange import Timeouts
 from .hedge import Hedge
 from .inference import Inference
+from .inherited import inherit
 from .ledger import Ledger
+from .lifecycle import HANDOVER_SETTLE, Lifecycle
 from .limiter import Limiting
-from .logs import LineObserver, RotatedFile, access_log
+from .logs import access_log
 from .loop_delay import LoopDelay
+from .members import Made, Members
 from .metrics import Metrics
 from .net.agent import Agent, BackendClient
 from .net.channel import Limits
+from .net.reactor import adopt
 from .net.server import Server
-from .parts import guard_of, ledger_of, limiter_of
+from .parts import check, edge_of, guard_of, in_thread, ledger_of, limiter_of, sources_of, telemetry_of
 from .pool import Pool
-from .process import allow_files, check_pidfile, is_loopback, listen, log_observer
+from .process import (
+    StartError,
+    allow_files,
+    check_pidfile,
+    is_open,
+    listening,
+    log_observer,
+    remove_unix,
+    stands_at,
+    tell_running,
+)
 from .relay import Heartbeat, no_heartbeat
+from .reload import Reload
+from .watched import Poll
 from .windows import Windows
+from .workers import Workers
 
-if TYPE_CHECKING:
-    from .telemetry import Telemetry
+GUARDED: Final = tuple(name for name in LIVE if name.startswith(("jwt_", "keys", "metrics_open")))
+"""Settings of who is let in."""
 
 FLUSH_SECONDS: Final = 2.0
 """How long answers that are complete may take to leave, at the very end."""
@@ -69,14 +88,53 @@ FLUSH_SECONDS: Final = 2.0
 _log: Final = Logger("gateway.service")
 
 
-def make_gateway(settings: Settings, twistd: Mapping[str, Any]) -> Gateway:
-    """The whole gateway, its socket bound and its log open; ``twistd`` has twistd's own options. Raises `StartError`."""
+class Told(Protocol):
+    """What the gateway is told at its start: ``arguments`` is its command line; `read` reads all sources again, which may raise
+    `SettingsError`; ``files`` are those that settings come from; `stand_at` overrules them all."""
+
+    settings: Settings
+    arguments: Sequence[str]
+
+    def read(self) -> Settings: ...
+
+    def files(self) -> Sequence[Path]: ...
+
+    def stand_at(self, places: Mapping[str, Any]) -> None: ...
+
+
+def make_gateway(told: Told, twistd: dict[str, Any]) -> Service:
+    """The whole gateway, its sockets bound and its log open; with several workers, their parent. ``twistd`` has twistd's own
+    options. Raises `StartError`."""
     from twisted.internet import reactor  # noqa: PLC0415 - which one it is has been decided by now
 
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)  # they mean nothing until it runs, and would end it
+    try:
+        inherited = inherit(os.environ, reactor)
+    except ValueError as problem:
+        raise StartError(str(problem)) from None
     check_pidfile(twistd.get("pidfile"))
-    listening = listen(settings.host, settings.port)
+    sockets = listening(told.settings, inherited)
+    if inherited.sockets:
+        told.stand_at(stands_at(sockets))
+    settings = told.settings
+    lifecycle = Lifecycle(reactor, twistd, told.arguments, inherited, log_observer(twistd, settings))
+    if settings.workers > 1 and inherited.worker is None:
+        check(settings)
+        return Workers(settings, reactor, sockets, lifecycle)
     allow_files(2 * settings.max_connections)
-    return Gateway(settings, reactor, listening, log_observer(twistd, settings), ledger_of(settings, reactor))
+    return Gateway(told, reactor, sockets, lifecycle, ledger_of(settings, reactor, spare=inherited.is_started))
+
+
+def _checked(told: Told) -> Settings:
+    settings = told.read()
+    check(settings)
+    return settings
+
+
+def _default_limits(settings: Settings) -> KeyLimits:
+    found = KeyLimits(settings.limit_requests, settings.limit_tokens, settings.limit_concurrency)
+    return NO_LIMITS if found == NO_LIMITS else found
 
 
 class Gateway(Service):
@@ -86,47 +144,58 @@ class Gateway(Service):
 
     def __init__(
         self,
-        settings: Settings,
+        told: Told,
         reactor: Any,
-        listening: socket.socket,
-        observer: LineObserver | None = None,
+        sockets: dict[str, socket.socket],
+        lifecycle: Lifecycle,
         ledger: Ledger | None = None,
     ) -> None:
-        self._settings = settings
+        self._settings = settings = told.settings
         self._reactor = reactor
-        self._listening = listening
-        self._observer = observer
+        self._sockets = dict(sockets)
+        self._lifecycle = lifecycle
+        self._observer = observer = lifecycle.observer
         self._ledger = ledger
-        self._port: IListeningPort | None = None
-        self._stopping = False
-        self._hurry: Deferred[None] = Deferred()
-        self._agents: dict[float, Agent] = {}
-        guard, self._watching = guard_of(settings, reactor, BackendClient(self._agent(settings.connect_timeout)))
-        self._asks = guard is not None
-        self.backends = [self._make_backend(own) for own in settings.backends] or [EchoBackend(reactor, time.time)]
-        self.pool = Pool(self.backends, settings, reactor)
+        self._ports: dict[str, IListeningPort] = {}
+        self._agent = Agent(reactor, settings.connect_timeout)
+        guard, self._watching = guard_of(settings, reactor, BackendClient(self._agent))
+        self.backends: dict[str, Backend] = {}
+        self._places: dict[str, Place] = {}
+        self.pool = Pool([], settings, reactor)
+        self.discovery = Discovery(sources_of(settings, reactor), reactor.seconds)
         scheduler = Scheduler(
             POLICIES[settings.policy](), Bounds(settings.queue_requests, settings.queue_bytes, settings.priority_aging)
         )
         self.limiter = limiter_of(settings, reactor)
-        default = KeyLimits(settings.limit_requests, settings.limit_tokens, settings.limit_concurrency)
-        default = NO_LIMITS if default == NO_LIMITS else default
-        self.limiting = Limiting(self.limiter, reactor.seconds, default, settings.prices)
-        self.dispatcher = Dispatcher(scheduler, self.pool, {one.name: one for one in self.backends}, reactor)
-        metrics = Metrics(self.status, reactor.seconds, settings.models)
+        self.limiting = Limiting(self.limiter, reactor.seconds, _default_limits(settings), settings.prices)
+        self.dispatcher = Dispatcher(scheduler, self.pool, self.backends, reactor)
+        self._metrics = metrics = Metrics(self.status, reactor.seconds, settings.models)
         live = Live(reactor.seconds())
         self._dashboard = Dashboard(live, self.status, settings.policy, reactor)
         self.pool.watch_states(self._dashboard.changed)
         self.loop_delay = LoopDelay(reactor)
         metrics.registry.register(self.loop_delay)
+        metrics.registry.register(self.discovery)
+        self.reload = Reload(settings, partial(_checked, told), self._apply, lifecycle.notify, partial(in_thread, reactor))
+        self._files = Poll(told.files(), reactor, self.reload)
+        metrics.registry.register(self.reload)
         observers: list[Observer] = [metrics, live, access_log if observer is None else observer.access(reactor)]
         if ledger is not None:
             observers.append(ledger)
             metrics.registry.register(ledger)
-        self.telemetry, tracing = self._make_telemetry(metrics, os.environ)
+        self.telemetry, tracing = telemetry_of(
+            settings, os.environ, reactor, self._place(), self._places, self.status, metrics.model_label
+        )
         if self.telemetry is not None:
             metrics.registry.register(self.telemetry)
             observers.append(self.telemetry)
+        changed = self.telemetry.backends_changed if self.telemetry is not None else lambda: None
+        self.members = Members(self._make_backend, self.pool, self.backends, self._places, self.discovery, changed)
+        """Its `use` takes other backends while the gateway runs."""
+        try:
+            self.members.use(settings.backends)
+        except SettingsError as problem:
+            raise StartError(str(problem)) from None
         self.app = App(
             self._make_inference(),
             self.dispatcher,
@@ -135,39 +204,41 @@ class Gateway(Service):
             observers,
             reactor.seconds,
             dashboard=self._dashboard,
-            admin=settings.admin == "on" or (settings.admin == "auto" and (self._asks or is_loopback(settings.host))),
+            admin=self._has_admin(),
+            proxies=Proxies(settings.trusted_proxies) if settings.trusted_proxies else None,
+            split=settings.admin_port is not None,
             guard=guard,
             models=settings.models,
             tracing=tracing,
+            settings=self.reload.picture,
         )
         limits = Limits(settings.max_body, settings.max_connections, settings.client_timeout, settings.idle_timeout)
-        self.server = Server(self.app.resource(), limits, reactor, self.app.refused, self.app.known())
+        resource, known = self.app.resource(), self.app.known()
+        self.server = Server(resource, limits, reactor, self.app.refused, known)
+        self._admin_server = Server(resource, limits, reactor, self.app.refused, known, admin=True)
+        self._edge = edge_of(settings, self.server, self._admin_server, reactor)
+        metrics.registry.register(self._edge)
 
-    def _agent(self, connect_timeout: float) -> Agent:
-        """Who connects to servers within this time; there is one for each such time."""
-        agent = self._agents.get(connect_timeout)
-        if agent is None:
-            agent = self._agents[connect_timeout] = Agent(self._reactor, connect_timeout)
-        return agent
+    def _has_admin(self) -> bool:
+        settings = self._settings
+        safe = asks_for_keys(settings) or not is_open(settings)
+        return settings.admin == "on" or (settings.admin == "auto" and safe)
 
-    def _make_telemetry(self, metrics: Metrics, environ: Mapping[str, str]) -> tuple[Telemetry | None, Tracing | None]:
-        """Its observer, and what says which requests it has spans of; neither where nobody wants any."""
-        if not otel_settings.is_wanted(self._settings.otel, environ):
-            return None, None
-        from .telemetry import Telemetry  # noqa: PLC0415 - a part that most do not use
+    def _place(self) -> Place:
+        """Where clients find the gateway."""
+        if "http" not in self._sockets:
+            return Place(self._sockets["unix"].getsockname(), None)
+        host, port = self._sockets["http"].getsockname()[:2]
+        return Place(host, port)
 
-        settings = otel_settings.read(environ, __version__)
-        host, port = self._listening.getsockname()[:2]
-        here, backends = Place(host, port), {own.name: place_of(own.url) for own in self._settings.backends}
-        client = BackendClient(self._agent(self._settings.connect_timeout))
-        made = Telemetry(settings, client, self._reactor, time.time, here, backends, self.status, metrics.model_label)
-        return made, Tracing(settings.ratio, getrandbits, by_parent=settings.by_parent) if settings.traces else None
-
-    def _make_backend(self, own: BackendSettings) -> Backend:
-        return HTTPBackend(
+    def _make_backend(self, own: BackendSettings) -> Made:
+        if own.kind == "echo":
+            return Made(EchoBackend(self._reactor, time.time), lambda: None)
+        agent = Agent(self._reactor, own.connect_timeout, own.address)
+        backend = HTTPBackend(
             own.name,
             own.url,
-            BackendClient(self._agent(own.connect_timeout)),
+            BackendClient(agent),
             self._reactor,
             Timeouts(own.first_byte_timeout, own.idle_timeout, own.total_timeout),
             kind=None if own.kind == "auto" else own.kind,
@@ -177,6 +248,7 @@ class Gateway(Service):
             messages=own.messages,
             max_answer=self._settings.max_answer,
         )
+        return Made(backend, agent.close)
 
     def _make_inference(self) -> Inference:
         settings, reactor = self._settings, self._reactor
@@ -201,7 +273,7 @@ class Gateway(Service):
             max_attempts=settings.max_attempts,
             heartbeat=heartbeat if interval else no_heartbeat,
             hedge=Hedge(reactor) if settings.hedge else None,
-            windows=Windows(self.pool, {one.name: one for one in self.backends}) if settings.count_tokens else None,
+            windows=Windows(self.pool, self.backends) if settings.count_tokens else None,
         )
 
     def status(self) -> Status:
@@ -213,6 +285,7 @@ class Gateway(Service):
             self.app.draining,
             self.pool.snapshot(),
             self.limiting.state(),
+            self.discovery.unanswered(),
         )
 
     # --- start
@@ -224,15 +297,18 @@ class Gateway(Service):
 
     def startService(self) -> None:
         super().startService()
-        self._port = self._reactor.adoptStreamPort(self._listening.fileno(), self._listening.family, self.server)
-        self._listening.close()
+        for name, bound in self._sockets.items():
+            self._ports[name] = adopt(self._reactor, bound, self._edge.factories[name])
         self.pool.startService()
+        self.discovery.startService()
         for watching in self._watching:
             watching.startService()
         self.limiter.start()
         if self._ledger is not None:
             self._ledger.startService()
         self.loop_delay.startService()
+        self._files.startService()
+        self._edge.start()
         if self.telemetry is not None:
             self.telemetry.startService()
         gc.collect()
@@ -240,90 +316,120 @@ class Gateway(Service):
         self._reactor.callWhenRunning(self._is_running)
 
     def _is_running(self) -> None:
-        """Said last: who reads it may send requests, and signals."""
-        self._install_signals()
-        if not self._asks:
-            _log.warn("nobody is asked for a key: whoever reaches {host} may use all of it", host=self._settings.host)
-        address: Any = self._port.getHost()  # type: ignore[union-attr]  # it listens
-        host = f"[{address.host}]" if ":" in address.host else address.host
-        _log.info(
-            "inference-gateway {version} listens on http://{host}:{port}, backend {backend}",
-            version=__version__,
-            host=host,
-            port=address.port,
-            backend=", ".join(own.url for own in self._settings.backends) or "none: requests are echoed",
-        )
+        inherited = self._lifecycle.inherited
+        self._lifecycle.run(lambda: {name: one.fileno() for name, one in self._sockets.items()}, self.reload)
+        if inherited.worker is None:
+            tell_running(self._settings, self._sockets)
+        else:
+            _log.info("worker {number} of {count} runs", number=inherited.worker + 1, count=inherited.workers)
 
-    def _install_signals(self) -> None:
-        """twistd's own handlers would end the process with the signal's status, or without a drain."""
+    def _apply(self, settings: Settings) -> None:
+        """What begins from now on goes by these; what runs goes on by those that it began with. Raises `StartError` or
+        `SettingsError`, and then nothing has changed."""
+        before, guarded = self._settings, None
+        if any(getattr(before, name) != getattr(settings, name) for name in GUARDED):
+            guarded = guard_of(settings, self._reactor, BackendClient(self._agent))
+        self.members.use(settings.backends)
+        self._settings = settings
+        if guarded is not None:
+            self._watch(guarded[1])
+            self.app.guard = guarded[0]
+        self.limiting.use(_default_limits(settings), settings.prices)
+        if self._ledger is not None:
+            self._ledger.prices = settings.prices
+        self._metrics.models = settings.models
+        self.app.use(self._make_inference(), settings.models, admin=self._has_admin())
 
-        def on(number: int, act: Callable[[], object]) -> None:
-            signal.signal(number, lambda *_: self._reactor.callFromThread(act))
-
-        on(signal.SIGTERM, self._stop)
-        on(signal.SIGINT, self._stop)
-        # Hanging up ends a program at its terminal, and is for a daemon a word about its settings.
-        on(signal.SIGHUP, self._stop if sys.stdin is not None and sys.stdin.isatty() else self._nothing_to_reload)
-        write = self._observer.write if self._observer is not None else None
-        on(signal.SIGUSR1, write.rotate if isinstance(write, RotatedFile) else self._nothing_to_rotate)
-
-    def _nothing_to_reload(self) -> None:
-        _log.warn("SIGHUP: settings are read at the start; restart to change them")
-
-    def _nothing_to_rotate(self) -> None:
-        _log.warn("SIGUSR1: there is no log file to rotate")
+    def _watch(self, watching: list[Service]) -> None:
+        """These files and key sets, and no longer those of before."""
+        for before in self._watching:
+            before.stopService()
+        self._watching = watching
+        for one in watching:
+            one.startService()
 
     # --- stop
-
-    def _stop(self) -> None:
-        """The first signal lets requests finish; a second one does not."""
-        if not self._stopping:
-            self._stopping = True
-            self._reactor.stop()
-        elif not self._hurry.called:
-            _log.warn("second signal: requests in flight are ended now")
-            self._hurry.callback(None)
 
     def stopService(self) -> Deferred[None]:
         return ensureDeferred(self._drain())
 
     async def _drain(self) -> None:
         """Refuse new work, finish what is in flight, say goodbye to what is left, close everything."""
-        grace = self._settings.grace
+        lifecycle, hurry, grace = self._lifecycle, self._lifecycle.hurry, self._settings.grace
+        lifecycle.closing()
+        self._files.stopService()
+        self.reload.stop()
+        self._edge.stop()
+        await self._settle()
         end = time.monotonic() + grace
         self.app.draining = True
         self._dashboard.stop()
         self.server.drain()
         _log.info("stopping: requests in flight get {grace:g} s", grace=grace)
-        await self._first_of(grace, self.app.finished(), self._hurry)
+        await self._first_of(grace, self.app.finished(), hurry)
         left = self.app.cut()
         if left:
             _log.warn("ended {left} requests that were still in flight", left=left)
-        if self._port is not None:
-            await maybeDeferred(self._port.stopListening)
+        await self._close("http", "unix")
         drained = self.server.drain()
-        if not self._hurry.called:
-            await self._first_of(max(end - time.monotonic(), 0.0), drained, self._hurry)
+        if not hurry.called:
+            await self._first_of(max(end - time.monotonic(), 0.0), drained, hurry)
         await self._first_of(FLUSH_SECONDS, drained)
         self.server.abort()
+        await self._close("admin")
+        await self._first_of(FLUSH_SECONDS, self._admin_server.drain())
+        self._admin_server.abort()
+        await self._close_parts()
+        super().stopService()
+        lifecycle.closed()
+        _log.info("stopped")
+
+    async def _settle(self) -> None:
+        """Go on for a while, but let each client know with its answer that its connection ends.
+
+        Balancers need the time to notice. Who has handed the sockets over needs it for the connections that it still has: what
+        a client sends on one just when it is closed would be lost.
+        """
+        handed_over, seconds = self._lifecycle.handed_over, self._settings.drain_settle
+        if handed_over:
+            self._dashboard.stop()  # its viewers connect anew
+            await self._close("http", "unix", "admin")
+            seconds = max(seconds, HANDOVER_SETTLE)
+        elif seconds:
+            self.app.leaving = True
+        if seconds:
+            _log.info("stopping: for {seconds:g} s all goes on as before", seconds=seconds)
+            gone = self.server.settle()
+            await self._first_of(seconds, self._lifecycle.hurry, *([gone] if handed_over else []))
+
+    async def _close_parts(self) -> None:
         self.loop_delay.stopService()
         if self.telemetry is not None:
-            await self._first_of(FLUSH_SECONDS, ensureDeferred(self.telemetry.finish()))
+            await self._first_of(FLUSH_SECONDS, self.telemetry.finish())
             self.telemetry.stopService()
+        await self._first_of(FLUSH_SECONDS, self.discovery.stopService())
         self.pool.stopService()
         for watching in self._watching:
             watching.stopService()
         self.dispatcher.close()
         await self._first_of(FLUSH_SECONDS, self.limiter.settled())
         self.limiter.stop()
-        for agent in self._agents.values():
-            agent.close()
+        self.members.close()
+        self._agent.close()
         if self._ledger is not None:
             await self._ledger.stopService()
-        super().stopService()
-        if self._observer is not None:
-            self._observer.close()
-        _log.info("stopped")
+
+    async def _close(self, *names: str) -> None:
+        """Listen there no longer. The file of a UNIX socket is left to a successor, and to the parent of a worker."""
+        alone = not self._lifecycle.handed_over and self._lifecycle.inherited.worker is None
+        for name in names:
+            port = self._ports.pop(name, None)
+            if port is not None:
+                await maybeDeferred(port.stopListening)
+                bound = self._sockets.pop(name)
+                if name == "unix" and alone:
+                    remove_unix(bound)
+                bound.close()
 
     async def _first_of(self, seconds: float, *events: Deferred[None]) -> None:
         """Wait for one of the events, but no longer than this."""

@@ -1,45 +1,34 @@
 """Spans and metrics to an OpenTelemetry collector, made of records when requests have ended.
 
-Spans (`core.spans`) are encoded for some records together and wait in a bounded queue; they leave in batches, through the
-client that backends are called with: nothing here blocks the reactor, and nothing needs a thread or a lock.
-What has no room or does not arrive is counted, and said in the log at most once a minute.
+The reactor's thread only puts a sampled record into a bounded queue, and counts. Two threads do the rest, so that a collector
+that is slow or away blocks nobody: one makes spans (`core.spans`) of a batch of records and has OpenTelemetry's SDK export them
+(`otel_export`), the other does that with what has been counted. What has no room or does not arrive is counted, and said in
+the log at most once a minute.
 """
 
 from __future__ import annotations
 
-import gzip
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from queue import SimpleQueue
+from threading import Event, Thread
+from time import sleep
 from typing import Any, Final, NamedTuple
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from treq.client import HTTPClient
 from twisted.application.service import Service
-from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
+from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IDelayedCall
-from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
-from . import __version__
-from .core import otel_names as names
-from .core import otlp
-from .core.errors import BackendFailed
-from .core.otel_metrics import GenAIMetrics
-from .core.otel_settings import OtelSettings, Target
+from .core.otel_metrics import GenAIMetrics, Seen
+from .core.otel_settings import OtelSettings, Protocol
 from .core.record import Record
-from .core.spans import Place, Spans
+from .core.spans import Place, Spans, spans_of
 from .core.status import Status
 from .core.trace_context import Trace
-from .exchange import Exchange, Timeouts, Timers
-from .net.headers import RawHeaders
-from .probe import retry_after
-
-ENCODED_TOGETHER: Final = 32
-"""Requests that have ended: it is a third of a millisecond's work."""
-
-MAX_RESPONSE: Final = 64 * 1024
-FIRST_WAIT: Final = 1.0
-"""Seconds until a batch is tried again; each further wait is twice as long."""
+from .otel_export import MetricSender, SaidBySdk, SpanSender, resource
 
 TELL_SECONDS: Final = 60.0
 """Between two lines that spans are lost."""
@@ -47,25 +36,26 @@ TELL_SECONDS: Final = 60.0
 KINDS_SECONDS: Final = 10.0
 """How long it is remembered what kind of server each backend is."""
 
-_TRY_AGAIN: Final = frozenset([429, 502, 503, 504])
-"""What the OTLP specification says may pass."""
+REST: Final = 0.001
+"""Seconds that the spans' thread leaves to others after each few spans; a tenth of it when half the queue is full."""
 
 _log: Final = Logger("gateway.telemetry")
 
 
-class _Outcome(NamedTuple):
-    """Of one request to the collector. ``again``: it may go better later, at the soonest after ``wait`` seconds."""
+class _Ended(NamedTuple):
+    """A request whose spans are to be exported; ``provider`` is its backend's kind, ``spans`` how many there will be."""
 
-    problem: str = ""
-    again: bool = False
-    wait: float = 0.0
-    rejected: int = 0
+    record: Record
+    trace: Trace
+    provider: str
+    spans: int
 
 
 class Telemetry(Service):
     """An observer of records.
 
     ``wall`` gives seconds since 1970; ``model_label`` a record's model as one of a bounded set; ``status`` how things stand.
+    Of what two threads count, each number is written by one of them.
     """
 
     name = "telemetry"
@@ -73,7 +63,6 @@ class Telemetry(Service):
     def __init__(
         self,
         settings: OtelSettings,
-        client: HTTPClient,
         reactor: Any,
         wall: Callable[[], float],
         here: Place,
@@ -82,25 +71,24 @@ class Telemetry(Service):
         model_label: Callable[[Record], str],
     ) -> None:
         self._settings = settings
-        self._client = client
         self._reactor = reactor
         self._wall = wall
         self._status = status
         self._model_label = model_label
-        self._head = otlp.resource(settings.attributes), otlp.scope(names.SCOPE, __version__)
         self._spans = Spans(here, backends)
-        self._metrics = GenAIMetrics(wall(), backends)
-        self._offset = wall() - reactor.seconds()
+        self._metrics = GenAIMetrics(backends)
+        self._said = SaidBySdk(lambda text: reactor.callFromThread(_log.warn, "OpenTelemetry: {text}", text=text))
         self._kinds: dict[str, str] = {}
         self._kinds_until = 0.0
-        self._ended: list[tuple[Record, Trace, str]] = []
-        self._waiting: list[bytes] = []
-        self._sending: Deferred[None] | None = None
-        self._telling: Deferred[None] | None = None
-        self._timers: dict[str, IDelayedCall] = {}
-        self._pause: Deferred[None] | None = None
-        self.exported = self.dropped = self.failed = 0
+        self._ended: deque[_Ended] = deque()
+        self._given = self.dropped = 0  # by the reactor's thread
+        self._taken = self.exported = self.failed = 0  # by the spans' thread
+        self._wake = Event()
+        self._counted: SimpleQueue[list[Seen] | None] = SimpleQueue()
+        self._timer: IDelayedCall | None = None
         self._told = (0, 0, -TELL_SECONDS)
+        self._threads = 0
+        self._over: Deferred[None] = Deferred()
         self._finishing = self._stopped = False
 
     # --- what a request costs
@@ -108,138 +96,90 @@ class Telemetry(Service):
     def __call__(self, record: Record) -> None:
         now = record.ended
         if now >= self._kinds_until:
-            self._look(now)
+            self._kinds_until = now + KINDS_SECONDS
+            self._kinds = {seen.name: seen.kind for seen in self._status().backends}
         provider = self._kinds.get(record.backend, "")
         if self._settings.metrics is not None:
             self._metrics.count(record, self._model_label(record), provider)
         trace = record.trace
-        if trace is None or not trace.sampled or self._settings.traces is None:
+        if trace is not None and trace.sampled and self._settings.traces is not None:
+            self._give(_Ended(record, trace, provider, spans_of(record)))
+
+    def _give(self, ended: _Ended) -> None:
+        if self._finishing or self.waiting + ended.spans > self._settings.queue:
+            self.dropped += ended.spans
+            self._tell("the gateway stops" if self._finishing else "there are more than can be sent")
             return
-        self._ended.append((record, trace, provider))
-        if len(self._ended) >= ENCODED_TOGETHER:
-            self._encode()
-        if len(self._waiting) >= self._settings.batch:
-            self._send_soon()
-        elif "spans" not in self._timers and not self._stopped:
-            self._timers["spans"] = self._reactor.callLater(self._settings.delay, self._send_soon)
+        self._given += ended.spans
+        self._ended.append(ended)
+        if self.waiting >= self._settings.batch and not self._wake.is_set():
+            self._wake.set()
 
-    def _encode(self) -> None:
-        """The spans of those that have ended, as far as there is room: of many at once each costs half."""
-        ended, self._ended = self._ended, []
-        for record, trace, provider in ended:
-            if len(self._waiting) + self._spans.count(record) > self._settings.queue or self._stopped:
-                self.dropped += self._spans.count(record)
-                self._tell("the gateway stops" if self._stopped else "there are more than can be sent")
-            else:
-                self._waiting += self._spans.of(record, trace, self._offset, provider)
+    @property
+    def waiting(self) -> int:
+        """Spans in the queue."""
+        return self._given - self._taken
 
-    def _look(self, now: float) -> None:
-        """What changes rarely is looked up now and then: kinds of backends, and the clock on the wall."""
-        self._kinds_until = now + KINDS_SECONDS
-        self._kinds = {seen.name: seen.kind for seen in self._status().backends}
-        self._offset = self._wall() - self._reactor.seconds()
+    def backends_changed(self) -> None:
+        """Some have come or gone."""
+        self._metrics.forget_gone()
 
-    # --- spans on their way
+    # --- the spans' thread
 
-    def _send_soon(self) -> None:
-        """Send what waits, unless that is being done."""
-        timer = self._timers.pop("spans", None)
-        if timer is not None and timer.active():
-            timer.cancel()
-        self._encode()
-        if self._sending is None and self._waiting:
-            self._sending = ensureDeferred(self._send_all(self._settings.traces))
-            self._sending.addErrback(_failed)
-            self._sending.addBoth(self._sent)
+    def _export_spans(self, protocol: Protocol) -> None:
+        sender = SpanSender(protocol, resource(), self._rest)
+        batch = self._settings.batch
+        over = False
+        while not over:
+            full = self._wake.wait(self._settings.delay)
+            self._wake.clear()
+            over = self._finishing  # then all that there will be is in the queue
+            least = batch if full and not over else 1
+            while self._ended and self.waiting >= least and not self._stopped:
+                self._export(sender)
+                least = 1 if self._finishing else batch
+        sender.close()
 
-    def _sent(self, _: object) -> None:
-        self._sending = None
-
-    async def _send_all(self, target: Target | None) -> None:
-        while self._waiting and target is not None:
-            batch = self._waiting[: self._settings.batch]
-            del self._waiting[: len(batch)]
-            try:
-                await self._send(target, batch)
-            except CancelledError:
-                self.dropped += len(batch)
-                raise
-
-    async def _send(self, target: Target, batch: Sequence[bytes]) -> None:
-        """Send one batch, if need be several times."""
-        body = otlp.request(*self._head, batch)
-        end = self._reactor.seconds() + self._settings.export_timeout
-        wait = FIRST_WAIT
-        while True:
-            outcome = await self._post(target, body)
-            if not outcome.problem:
-                rejected = min(outcome.rejected, len(batch))
-                self.exported += len(batch) - rejected
-                self.failed += rejected
-                if rejected:
-                    self._tell("the collector did not want them")
-                return
-            wait = max(wait, outcome.wait)
-            if not outcome.again or self._finishing or self._reactor.seconds() + wait > end:
-                self.failed += len(batch)
-                self._tell(outcome.problem)
-                return
-            await self._wait(wait)
-            wait *= 2
-
-    def _wait(self, seconds: float) -> Deferred[None]:
-        self._pause = Deferred()
-        self._timers["pause"] = self._reactor.callLater(seconds, self._resume)
-        return self._pause
-
-    def _resume(self) -> None:
-        timer = self._timers.pop("pause", None)
-        if timer is not None and timer.active():
-            timer.cancel()
-        pause, self._pause = self._pause, None
-        if pause is not None:
-            pause.callback(None)
-
-    async def _post(self, target: Target, body: bytes) -> _Outcome:
-        headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in target.headers]
-        headers.append((b"content-type", b"application/x-protobuf"))
-        if target.compress:
-            body = await deferToThreadPool(self._reactor, self._reactor.getThreadPool(), gzip.compress, body, 1)
-            headers.append((b"content-encoding", b"gzip"))
-        timers = Timers(self._reactor, Timeouts(target.timeout, target.timeout, target.timeout))
-        exchange = Exchange(self._client, timers, MAX_RESPONSE)
+    def _export(self, sender: SpanSender) -> None:
+        """One batch; a request's spans stay together."""
+        ended = [self._ended.popleft()]
+        number = ended[0].spans
+        while self._ended and number + self._ended[0].spans <= self._settings.batch:
+            number += self._ended[0].spans
+            ended.append(self._ended.popleft())
+        self._taken += number
+        offset = self._wall() - self._reactor.seconds()
         try:
-            await exchange.open("POST", target.url.encode("ascii"), RawHeaders(headers), body)
-            content = await exchange.content()
-        except BackendFailed as failure:
-            return _Outcome(failure.detail or failure.code, again=True)
-        if 200 <= exchange.status < 300:
-            return _Outcome(rejected=otlp.rejected(content))
-        again = exchange.status in _TRY_AGAIN
-        return _Outcome(f"status {exchange.status}", again, (retry_after(exchange.headers) or 0.0) if again else 0.0)
+            lost = sender.send([span for one in ended for span in self._spans.of(one.record, one.trace, offset, one.provider)])
+        except Exception:  # a bug must not end the thread
+            self._reactor.callFromThread(_log.failure, "a bug in telemetry", Failure())
+            lost = number
+        self.exported += number - lost
+        self.failed += lost
+        why = self._said.why()
+        if lost:
+            self._reactor.callFromThread(self._tell, why or "the collector did not want them")
+
+    def _rest(self) -> None:
+        if not self._finishing:
+            sleep(REST if self.waiting < self._settings.queue / 2 else REST / 10)
 
     # --- metrics on their way
 
     def _metrics_are_due(self) -> None:
-        self._timers["metrics"] = self._reactor.callLater(self._settings.metric_interval, self._metrics_are_due)
-        self._send_metrics()
+        self._timer = self._reactor.callLater(self._settings.metric_interval, self._metrics_are_due)
+        if self._counted.empty():
+            self._counted.put(self._metrics.seen())
 
-    def _send_metrics(self) -> None:
-        """What was counted so far. It is all said again the next time, so that nothing is lost with one request."""
-        elements = self._metrics.encoded(self._wall())
-        target = self._settings.metrics
-        if elements and target is not None and self._telling is None:
-            self._telling = ensureDeferred(self._post_metrics(target, otlp.request(*self._head, elements)))
-            self._telling.addErrback(_failed)
-            self._telling.addBoth(self._told_metrics)
-
-    async def _post_metrics(self, target: Target, body: bytes) -> None:
-        outcome = await self._post(target, body)
-        if outcome.problem:
-            _log.warn("OpenTelemetry: the metrics could not be sent: {why}", why=outcome.problem)
-
-    def _told_metrics(self, _: object) -> None:
-        self._telling = None
+    def _export_metrics(self, protocol: Protocol, started: int) -> None:
+        """All that was counted is said again the next time, so that nothing is lost with one request."""
+        sender = MetricSender(protocol, resource(), started)
+        while (seen := self._counted.get()) is not None:
+            if not seen or self._stopped or sender.send(seen, int(self._wall() * 1e9)):
+                continue
+            text = "OpenTelemetry: the metrics could not be sent: {why}"
+            self._reactor.callFromThread(_log.warn, text, why=self._said.why())
+        sender.close()
 
     # --- what is lost is not lost in silence
 
@@ -249,7 +189,7 @@ class Telemetry(Service):
         now = self._reactor.seconds()
         lost = (self.failed - failed, self.dropped - dropped)
         if any(lost) and (last or now - when >= TELL_SECONDS):
-            self._told = (self.failed, self.dropped, now)
+            self._told = (failed + lost[0], dropped + lost[1], now)
             text = "OpenTelemetry: {failed} spans could not be sent, {dropped} had no room: {why}"
             _log.warn(text, failed=lost[0], dropped=lost[1], why=why)
 
@@ -259,43 +199,52 @@ class Telemetry(Service):
         for outcome, number in (("exported", self.exported), ("dropped", self.dropped), ("failed", self.failed)):
             spans.add_metric([outcome], number)
         yield spans
-        yield GaugeMetricFamily("gateway_otel_queue_spans", "Spans that wait to be sent.", value=len(self._waiting))
+        yield GaugeMetricFamily("gateway_otel_queue_spans", "Spans that wait to be sent.", value=self.waiting)
 
     # --- start and stop
 
     def startService(self) -> None:
+        """Only now: threads do not survive the fork that makes a daemon."""
         super().startService()
         for warning in self._settings.warnings:
             _log.warn("OpenTelemetry: {warning}", warning=warning)
+        self._said.listen()
+        if self._settings.traces is not None:
+            self._start("spans", self._export_spans, self._settings.traces)
         if self._settings.metrics is not None:
-            self._timers["metrics"] = self._reactor.callLater(self._settings.metric_interval, self._metrics_are_due)
+            self._start("metrics", self._export_metrics, self._settings.metrics, int(self._wall() * 1e9))
+            self._timer = self._reactor.callLater(self._settings.metric_interval, self._metrics_are_due)
 
-    async def finish(self) -> None:
-        """Send what there is; each batch is tried once. `stopService` ends that if it takes too long."""
+    def _start(self, name: str, work: Callable[..., None], *arguments: object) -> None:
+        def run() -> None:
+            try:
+                work(*arguments)
+            except Exception:
+                self._reactor.callFromThread(_log.failure, "a bug in telemetry", Failure())
+            self._reactor.callFromThread(self._has_ended)
+
+        self._threads += 1
+        Thread(target=run, name=f"otel-{name}", daemon=True).start()  # a collector that hangs does not keep us here
+
+    def _has_ended(self) -> None:
+        self._threads -= 1
+        if self._finishing and not self._threads:
+            self._over.callback(None)
+
+    def finish(self) -> Deferred[None]:
+        """Have what there is sent. Fires when that is done; `stopService` ends it if it takes too long."""
         self._finishing = True
-        self._resume()
-        self._send_soon()
-        self._send_metrics()
-        for sending in (self._sending, self._telling):
-            if sending is not None:
-                await sending
+        self._wake.set()
+        self._counted.put(self._metrics.seen())
+        self._counted.put(None)
+        if not self._threads:
+            self._over.callback(None)
+        return self._over
 
     def stopService(self) -> None:
         super().stopService()
-        self._stopped = True
-        for sending in (self._sending, self._telling):
-            if sending is not None:
-                sending.cancel()
-        for timer in self._timers.values():
-            if timer.active():
-                timer.cancel()
-        self._timers.clear()
-        self._encode()
-        self.dropped += len(self._waiting)
-        self._waiting.clear()
+        self._finishing = self._stopped = True
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+        self.dropped += self._given - self.exported - self.failed
         self._tell("the gateway stops", last=True)
-
-
-def _failed(failure: Failure) -> None:
-    if failure.check(CancelledError) is None:
-        _log.failure("a bug in telemetry", failure)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import shutil
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
-import msgspec
-
-from .core.errors import UNDECODABLE
 from .core.view import BackendView, RequestView, View, shown
+from .remote import NotTold, ask
 
 INTERVAL: Final = 1.0
-TIMEOUT: Final = 5.0
 REQUESTS: Final = 8
 NARROWEST: Final = 40
 
@@ -31,37 +25,14 @@ _COLOURS: Final = {"healthy": _GREEN, "busy": _GREEN, "draining": _FAINT, "unhea
 _STEPS: Final = "▁▂▃▄▅▆▇█"
 
 
-class TopError(Exception):
-    """There is no picture, for a reason that is one line."""
-
-
 def fetch(url: str, key: str) -> View:
-    """The picture of the gateway at this base URL. Raises `TopError`."""
-    try:
-        request = urllib.request.Request(f"{url.rstrip('/')}/dashboard/state")  # noqa: S310 - an operator's own URL
-        if key:
-            request.add_header("Authorization", f"Bearer {key}")
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:  # noqa: S310
-            return msgspec.json.decode(response.read(), type=View)
-    except urllib.error.HTTPError as error:
-        with error:
-            raise TopError(_refused(error.code)) from None
-    except urllib.error.URLError as error:
-        raise TopError(f"{url}: {shown(str(error.reason), 200)}") from None
-    except (OSError, ValueError, http.client.HTTPException, *UNDECODABLE) as problem:
-        raise TopError(f"{url}: {shown(str(problem), 200)}") from None
-
-
-def _refused(status: int) -> str:
-    if status in (401, 403):
-        return "the gateway asks for a key with admin: set GATEWAY_ADMIN_KEY"
-    if status == 404:
-        return "there is no dashboard: see the setting GATEWAY_ADMIN"
-    return f"the gateway answered with status {status}"
+    """The picture of the gateway at this base URL. Raises `NotTold`."""
+    seen: View = ask(url, "/dashboard/state", key, View)
+    return seen
 
 
 def run(url: str, key: str, *, once: bool) -> None:
-    """Show the picture each second until Ctrl-C; just once if told so, or if nobody watches. Raises `TopError`."""
+    """Show the picture each second until Ctrl-C; just once if told so, or if nobody watches. Raises `NotTold`."""
     if once or not sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
         sys.stdout.write("\n".join(screen(fetch(url, key), width, colours=False)) + "\n")
@@ -74,7 +45,7 @@ def run(url: str, key: str, *, once: bool) -> None:
             time.sleep(INTERVAL)
             try:
                 seen, problem = fetch(url, key), ""
-            except TopError as error:
+            except NotTold as error:
                 problem = str(error)
     except KeyboardInterrupt:
         pass

@@ -131,5 +131,29 @@ def test_every_ticket_comes_up_once_and_all_sums_end_at_nothing(
     assert {id(ticket) for ticket in seen} == {id(ticket) for ticket in tickets}
     for ticket in data.draw(st.permutations(tickets)):
         queue.remove(ticket)
-    assert (len(queue), queue.bytes, queue.work, queue.models()) == (0, 0, 0.0, set())
+    assert (len(queue), queue.bytes, sum(queue.work), queue.models()) == (0, 0, 0.0, set())
     assert queue.due() == float("inf")
+
+
+def test_a_full_queue_makes_room_for_a_higher_priority_by_the_last_of_the_lowest() -> None:
+    queue = AdmissionQueue(Bounds(requests=3, bytes=100), Accounts())
+    first, second, default = (Ticket("m", at, priority=p, size=30) for at, p in ((0.0, 2), (1.0, 2), (2.0, 1)))
+    for ticket in (first, second, default):
+        ticket.key = ticket.arrived
+        queue.put(ticket, ticket.arrived)
+    assert not queue.has_place(Ticket("m", 3.0, priority=2))
+    assert queue.has_place(Ticket("m", 3.0, priority=1, size=70))
+    assert not queue.has_place(Ticket("m", 3.0, priority=1, size=71))
+    assert queue.make_room(Ticket("m", 3.0, priority=1, size=30)) == [second]
+    assert queue.make_room(Ticket("m", 3.0, priority=0, size=90)) == [first, default]
+    assert (len(queue), queue.bytes) == (0, 0)
+
+
+def test_of_two_tenants_the_one_that_got_more_makes_room() -> None:
+    accounts = Accounts()
+    accounts.charge("heavy", 1.0, 100.0)
+    queue = AdmissionQueue(Bounds(requests=2), accounts)
+    heavy, light = Ticket("m", 0.0, priority=2, tenant="heavy"), Ticket("m", 1.0, priority=2, tenant="light")
+    for ticket in (heavy, light):
+        queue.put(ticket, 1.0)
+    assert queue.make_room(Ticket("m", 2.0, priority=0)) == [heavy]

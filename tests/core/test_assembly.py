@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -114,6 +115,20 @@ def test_an_error_event_is_raised_with_its_status() -> None:
 def test_what_is_not_a_chunk_breaks_the_answer(data: bytes) -> None:
     with pytest.raises(Broken):
         assembled(sse.encode(data), DONE)
+
+
+def from_below(frames: int, call: Callable[[], Any]) -> Any:
+    return from_below(frames - 1, call) if frames else call()
+
+
+@pytest.mark.parametrize("depth", [100, 400, 900, 2000, 5000])
+def test_what_is_nested_deeply_is_put_together_or_breaks_the_answer(depth: int) -> None:
+    deep = b'{"choices":[{"index":0,"delta":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}]}"
+    for frames in (0, 600, 800):
+        assembler = Assembler(100_000)
+        with contextlib.suppress(Broken):
+            assembler.feed(sse.encode(deep) + sse.encode(deep) + DONE)
+            from_below(frames, assembler.answer)
 
 
 def test_an_answer_without_bound_is_stopped() -> None:

@@ -31,6 +31,24 @@ def test_half_open_it_takes_one_request_at_a_time_and_closes_when_that_succeeds(
     assert (breaker.state(11.0), breaker.allows(11.0)) == ("closed", True)
 
 
+def entered(breaker: Breaker) -> tuple[int, int, int]:
+    return breaker.opened, breaker.half_opened, breaker.closed
+
+
+def test_each_state_that_it_comes_into_is_counted() -> None:
+    breaker = Breaker(1, 10.0)
+    breaker.reset()  # it was closed
+    failed(breaker, 1)
+    assert entered(breaker) == (1, 0, 0)
+    breaker.cancelled(breaker.sent(10.0))
+    breaker.sent(11.0)  # another trial of the same state
+    assert entered(breaker) == (1, 1, 0)
+    breaker.failed(breaker.era, 12.0)
+    assert entered(breaker) == (2, 1, 0)
+    breaker.succeeded(breaker.sent(breaker.reopens_at()))
+    assert entered(breaker) == (2, 2, 1)
+
+
 def test_each_failed_trial_doubles_the_time_up_to_a_bound_and_a_success_forgets_that() -> None:
     breaker, now, waits = Breaker(1, 10.0), 0.0, []
     for _ in range(6):

@@ -421,6 +421,9 @@ class Interleavings(RuleBasedStateMachine):
             if bound:
                 self.granted(ticket)
             else:
+                for displaced in self.scheduler.displaced():
+                    assert displaced.priority > priority
+                    self.waiting.remove(displaced)
                 self.waiting.append(ticket)
 
     @rule()
@@ -440,7 +443,7 @@ class Interleavings(RuleBasedStateMachine):
 
     @rule()
     def expire(self) -> None:
-        late = [ticket for ticket in self.waiting if ticket.deadline <= self.now]
+        late = [ticket for ticket in self.waiting if ticket.deadline - ticket.spare <= self.now]
         assert {id(ticket) for ticket in self.scheduler.expire(self.now)} == {id(ticket) for ticket in late}
         self.waiting = [ticket for ticket in self.waiting if ticket not in late]
 
@@ -481,7 +484,7 @@ class Interleavings(RuleBasedStateMachine):
         for ticket in self.running:
             self.scheduler.release(ticket, self.now, None)
         backends, queue = self.scheduler.backends, self.scheduler.queue
-        assert (len(queue), queue.bytes, queue.work) == (0, 0, 0.0)
+        assert (len(queue), queue.bytes, sum(queue.work)) == (0, 0, 0.0)
         assert not any(backends.inflight) and not any(backends.decoding) and not any(backends.pending)
         assert not any(backends.queued) and not any(backends.tokens)
         assert self.scheduler.schedule(self.now) == []

@@ -266,6 +266,7 @@ def test_the_key_in_a_variable_is_never_shown() -> None:
 def test_the_example_in_the_documentation_is_right() -> None:
     found = resolve([Source("x", "file", tomllib.loads(EXAMPLE)), env(EXAMPLE_KEY="k")]).backends
     assert [(one.name, one.device) for one in found] == [("a100", "gpu"), ("127.0.0.1:8080", "cpu"), ("models.example", "gpu")]
-    assert {key.name for key in KEYS} == {field.name for field in dataclasses.fields(BackendSettings)} - {"api_key"} | {
-        "api_key_env"
-    }
+    assert {key.name for key in KEYS} == {field.name for field in dataclasses.fields(BackendSettings)} - {
+        "api_key",
+        "address",
+    } | {"api_key_env"}

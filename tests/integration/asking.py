@@ -6,6 +6,7 @@ import http.client
 import json
 import re
 import threading
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from .backends import Connection, Script, completion, event
@@ -36,12 +37,11 @@ class Reply(NamedTuple):
 
 
 def ask(gateway: Running, body: Any = HELLO, path: str = "/v1/chat/completions", **headers: str) -> Reply:
-    client = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=PATIENCE)
     named = {name.replace("_", "-"): value for name, value in headers.items()}
-    client.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **named})
-    response = client.getresponse()
-    content = response.read()
-    client.close()
+    with closing(http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=PATIENCE)) as client:
+        client.request("POST", path, json.dumps(body), {"Content-Type": "application/json", **named})
+        with closing(client.getresponse()) as response:
+            content = response.read()
     return Reply(response.status, {name.lower(): value for name, value in response.getheaders()}, content)
 
 
@@ -58,10 +58,10 @@ class Asking:
         return self._replies[0]
 
 
-def metric(gateway: Running, pattern: str) -> float:
+def metric(gateway: Running, pattern: str, **headers: str) -> float:
     """The sum of the samples that match."""
     client = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=PATIENCE)
-    client.request("GET", "/metrics", headers={"Accept": "text/plain"})
+    client.request("GET", "/metrics", headers={"Accept": "text/plain", **headers})
     page = client.getresponse().read().decode()
     client.close()
     return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if re.match(pattern, line))

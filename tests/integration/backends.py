@@ -82,7 +82,12 @@ class ScriptedBackend:
     """Answers GET by itself; every POST goes to the test's script, in a thread of its connection."""
 
     def __init__(
-        self, script: Script, tls: ssl.SSLContext | None = None, models: Sequence[str] = ("m",), window: int = 0
+        self,
+        script: Script,
+        tls: ssl.SSLContext | None = None,
+        models: Sequence[str] = ("m",),
+        window: int = 0,
+        address: tuple[str, int] = ("127.0.0.1", 0),
     ) -> None:
         length = {"max_model_len": window} if window else {}
         self._models = json.dumps(
@@ -90,8 +95,9 @@ class ScriptedBackend:
         ).encode()
         self._script = script
         self._tls = tls
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server(address, backlog=256)
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"{'https' if tls else 'http'}://{address[0]}:{self.port}"
         self.posts: list[tuple[int, dict[bytes, bytes], bytes]] = []
         self.problems: list[BaseException] = []
         self.connections: list[Connection] = []
@@ -111,7 +117,7 @@ class ScriptedBackend:
                 connection.sock = self._tls.wrap_socket(connection.sock, server_side=True)
             while (request := connection.request()) is not None:
                 if request[0].startswith(b"GET"):
-                    connection.answer(self._models)
+                    connection.answer(self.page(request[0].split()[1]))
                 else:
                     self.posts.append((connection.number, request[1], request[2]))
                     self._script(connection, request)
@@ -119,6 +125,10 @@ class ScriptedBackend:
             pass  # the gateway has gone, or the script closed the connection
         except BaseException as problem:
             self.problems.append(problem)
+
+    def page(self, path: bytes) -> bytes:
+        """What a GET gets."""
+        return self._models
 
     def stop(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)

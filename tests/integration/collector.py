@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -100,6 +101,35 @@ def collector(port: int = 0) -> Iterator[Collector]:
         yield running
     finally:
         running.stop()
+
+
+@contextmanager
+def over_grpc(receiver: Collector) -> Iterator[str]:
+    """The collector takes spans and metrics over gRPC too, at this address, for the length of a block."""
+    import grpc
+    from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2_grpc as metrics
+    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as traces
+
+    class Spans(traces.TraceServiceServicer):
+        def Export(self, request: Any, context: Any) -> Any:
+            headers = dict(context.invocation_metadata())
+            return ExportTraceServiceResponse.FromString(receiver.take("grpc", headers, request.SerializeToString()))
+
+    class Metrics(metrics.MetricsServiceServicer):
+        def Export(self, request: Any, context: Any) -> Any:
+            receiver.take("/v1/metrics", {}, request.SerializeToString())
+            return ExportMetricsServiceResponse()
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    traces.add_TraceServiceServicer_to_server(Spans(), server)
+    metrics.add_MetricsServiceServicer_to_server(Metrics(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait(10)
 
 
 def values(attributes: Any) -> dict[str, Any]:

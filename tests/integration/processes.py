@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -13,7 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +24,7 @@ TWISTD = str(Path(sys.executable).with_name("twistd"))
 PATIENCE = 30.0
 """Seconds that anything may take on a busy machine before a test gives up."""
 
-_LISTENS = re.compile(r"listens on http://(\S+):(\d+),")
+_LISTENS = re.compile(r"listens on https?://(\S+):(\d+),")
 
 
 def clean_environment(**more: str) -> dict[str, str]:
@@ -124,12 +126,19 @@ class Running:
         return client
 
 
+_OURS = 16_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 16)
+_next = itertools.count(random.randrange(1_000))
+
+
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+    """A port that is free, and that nobody gets who asks for any: it lies below those that the kernel gives out, and among
+    tests that run side by side in those of this process."""
+    while True:
+        port = _OURS + next(_next) % 1_000
+        with socket.socket() as probe:
+            with suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                return port
 
 
 @contextmanager

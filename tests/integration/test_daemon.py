@@ -192,7 +192,7 @@ def test_a_daemon_writes_its_pid_and_log_and_stops_on_sigterm(tmp_path: Path) ->
         wait_for(log.exists)
         assert log.stat().st_mode == (tmp_path / "moved.log").stat().st_mode
         os.kill(pid, signal.SIGHUP)
-        wait_for(lambda: "SIGHUP" in log.read_text())
+        wait_for(lambda: "settings: generation 1 holds on" in log.read_text())
         assert gateway.get("/healthz")[0] == 200
     finally:
         os.kill(pid, signal.SIGTERM)

@@ -175,4 +175,5 @@ def test_redis_is_told_what_a_gateway_knows_after_it_forgot_everything(redis: Re
         scripts = Scripts(client, limits=Limits(tokens=1000))
         client("FLUSHALL")
         assert not scripts.reserve("a", 200, known=(0, 900 * PARTS))[0]
+        assert not scripts.reserve("of a gateway that knows nothing", 200)[0]
         assert scripts.reserve("b", 100, known=(0, 900 * PARTS))[0]

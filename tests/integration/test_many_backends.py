@@ -139,7 +139,7 @@ def test_a_breaker_opens_lets_one_try_and_closes(tmp_path: Path) -> None:
             seen = state_of(gateway, bad.url)
             assert seen["state"] == "unhealthy"
             assert seen["breaker"] in ("open", "half_open")
-            assert metric(gateway, rf'gateway_breaker_transitions_total\{{backend="{bad.url[7:]}"') >= 1.0
+            assert metric(gateway, rf'gateway_breaker_transitions_total\{{backend="{bad.url[7:]}",state="open"') >= 1.0
             works.set()
 
             def answered_by_it() -> bool:

@@ -13,8 +13,8 @@ import pytest
 
 from .asking import DONE, HELLO, STREAM, Asking, Request, answers, ask, metric, streams, table
 from .backends import Connection, backend, completion, event
-from .collector import collector, tree, values
-from .processes import Running, free_port, wait_for
+from .collector import collector, over_grpc, tree, values
+from .processes import PATIENCE, Running, free_port, wait_for
 
 GOLDEN = Path(__file__).with_name("golden")
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -131,6 +131,8 @@ def test_a_client_that_leaves(tmp_path: Path) -> None:
             client.close()
             spans = receiver.trace("left")
             is_golden("client-left", spans, gateway=running.port, a=server.url.rpartition(":")[2])
+            assert metric(running, "gateway_backend_cancel_seconds_count") == 1
+            assert 0 < metric(running, "gateway_backend_cancel_seconds_sum") < PATIENCE
     assert in_order(spans)
 
 
@@ -237,10 +239,35 @@ def test_headers_and_compression_are_as_the_variables_say(tmp_path: Path) -> Non
     assert receiver.resources[0]["service.name"] == "edge"
 
 
+def test_spans_and_metrics_over_grpc(tmp_path: Path) -> None:
+    with collector() as receiver, over_grpc(receiver) as url, backend(answers) as server:
+        more = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": url,
+            "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+            "OTEL_EXPORTER_OTLP_HEADERS": "x-a=b",
+        }
+        with gateway(tmp_path, table("a", server.url), **receiver.environment(**more)) as running:
+            body = {**HELLO, "max_tokens": 9, "temperature": 0.5, "top_p": 1}
+            ask(running, body, x_request_id="plain")
+            is_golden("plain", receiver.trace("plain"), gateway=running.port, a=server.url.rpartition(":")[2])
+            assert wait_for(lambda: spans_of(running, "exported")) == 3
+    path, headers = receiver.requests[0]
+    assert (path, headers["x-a"]) == ("grpc", "b")
+    assert "gen_ai.client.operation.duration" in receiver.metrics
+
+
+def test_a_redirection_is_no_success(tmp_path: Path) -> None:
+    with collector() as receiver, backend(answers) as server:
+        receiver.status = 302
+        with gateway(tmp_path, table("a", server.url), **receiver.environment()) as running:
+            ask(running)
+            assert (wait_for(lambda: spans_of(running, "failed")), spans_of(running, "exported")) == (3, 0)
+
+
 def test_a_collector_that_is_down_costs_no_request_and_what_is_lost_is_counted(tmp_path: Path) -> None:
     port = free_port()
     more = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_BSP_SCHEDULE_DELAY": "50"}
-    more |= {"OTEL_BSP_EXPORT_TIMEOUT": "1", "OTEL_BSP_MAX_QUEUE_SIZE": "6", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "6"}
+    more |= {"OTEL_EXPORTER_OTLP_TIMEOUT": "0.5", "OTEL_BSP_MAX_QUEUE_SIZE": "6", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "6"}
     with backend(answers) as server, gateway(tmp_path, table("a", server.url), **more) as running:
         for _ in range(10):
             assert ask(running).status == 200

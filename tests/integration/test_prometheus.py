@@ -21,12 +21,14 @@ from ..conftest import cannot_run
 from .asking import HELLO, STREAM, Request, ask, streams, table, until
 from .backends import Connection, ScriptedBackend, backend, completion
 from .collector import collector
+from .name_server import name_server
 from .processes import PATIENCE, Running, free_port, wait_for
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 ALERTS = DEPLOY / "prometheus" / "alerts.yml"
+ADAPTER = DEPLOY / "kubernetes" / "monitoring" / "adapter-values.yaml"
 DASHBOARD = DEPLOY / "grafana" / "inference-gateway.json"
-OF_PROMETHEUS = {"instance", "job", "le", "__name__"}
+OF_PROMETHEUS = {"instance", "job", "le", "__name__", "namespace", "pod"}
 
 
 def program(name: str) -> str:
@@ -52,9 +54,11 @@ def busy_gateway(directory: Path) -> Iterator[tuple[Running, ScriptedBackend]]:
         else:
             connection.answer(completion())
 
-    with collector() as receiver, backend(script) as one, backend(script) as other:
-        (directory / "gateway.toml").write_text(table("a", one.url, slots=4) + table("b", other.url, slots=4))
-        parts = {"GATEWAY_LEDGER": "usage.sqlite", "GATEWAY_LIMIT_TOKENS": "100000", **receiver.environment()}
+    with collector() as receiver, backend(script) as one, backend(script) as other, name_server() as names:
+        tables = table("a", one.url, slots=4) + table("b", other.url, slots=4) + table("found", "dns+http://nobody.example")
+        (directory / "gateway.toml").write_text(tables)
+        parts = {"GATEWAY_LEDGER": "usage.sqlite", "GATEWAY_LIMIT_TOKENS": "100000", "GATEWAY_DNS_SERVER": names.address}
+        parts |= receiver.environment()
         with Running(directory, "--config", "gateway.toml", **parts) as running:
             until(running, "healthy", "a", "b")
             for body in (HELLO, STREAM, {**HELLO, "model": 'evil"}\n'}, {"messages": 3}, {**HELLO, "max_tokens": 10**6}):
@@ -93,6 +97,12 @@ def panels() -> list[tuple[str, str]]:
     return [(target["expr"], target["legendFormat"]) for panel in board["panels"] for target in panel.get("targets", [])]
 
 
+def scaled_by() -> list[tuple[str, str]]:
+    """What autoscalers in Kubernetes go by."""
+    rules = yaml.safe_load(ADAPTER.read_text())["rules"]
+    return [(rule["seriesQuery"], "") for rule in [*rules["custom"], *rules["external"]]]
+
+
 def labels_of(text: str) -> dict[str, set[str]]:
     """Each sample's name with the labels that it is told apart by."""
     found: dict[str, set[str]] = {}
@@ -111,10 +121,10 @@ def named(expression: str, told: str) -> tuple[dict[str, set[str]], set[str]]:
     return metrics, kept | set(re.findall(r"\{\{\s*(?:\$labels\.)?([a-z_]+)\s*\}\}", told))
 
 
-def test_every_metric_and_label_that_the_rules_and_the_dashboard_name_is_there(tmp_path: Path) -> None:
+def test_every_metric_and_label_that_rules_dashboard_and_autoscalers_name_is_there(tmp_path: Path) -> None:
     with busy_gateway(tmp_path) as (running, _):
         there = labels_of(page(running))
-    for expression, told in [*alerts(), *panels()]:
+    for expression, told in [*alerts(), *panels(), *scaled_by()]:
         metrics, kept = named(expression, told)
         assert metrics or "up{" in expression, expression
         for name, chosen in metrics.items():

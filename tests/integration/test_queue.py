@@ -136,6 +136,21 @@ def test_interactive_requests_pass_batch_ones(place: Place) -> None:
     assert place.slow.order == ["running", "interactive", "default", "batch"]
 
 
+@pytest.mark.parametrize("place", [{"GATEWAY_QUEUE_REQUESTS": "1"}], indirect=True)
+def test_an_interactive_request_takes_the_place_of_a_batch_one_in_a_full_queue(place: Place) -> None:
+    place.ask("running")
+    place.ask("batch", X_Gateway_Priority="batch")
+    interactive = threading.Thread(target=lambda: ask(place.gateway, HELLO, X_Request_ID="i", X_Gateway_Priority="interactive"))
+    interactive.start()
+    wait_for(lambda: "batch" in place.results)
+    status, headers, content = place.results["batch"]
+    assert (status, code_of(content)) == (429, "queue_full")
+    assert 1 <= int(headers["retry-after"]) <= 120
+    place.finish(2)
+    interactive.join(PATIENCE)
+    assert place.slow.order == ["running", "i"]
+
+
 @pytest.mark.parametrize("place", [{"GATEWAY_QUEUE_COMMENTS": "0.1s"}], indirect=True)
 def test_a_stream_that_waits_says_so(place: Place) -> None:
     place.ask("first")

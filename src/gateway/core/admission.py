@@ -3,6 +3,8 @@
 Tickets of one model, priority and tenant form a line, ordered by ``key`` (arrival + b * work, set by the scheduler). Lines are
 served by priority first; but a line whose head has waited as long as `Bounds.aging` says counts as the highest priority
 that waits, so that a priority delays another by a bounded time. Among equals the tenant with the lowest account is next.
+When the queue is full, a ticket takes the place of one of a lower priority: else what may wait longest would keep out what
+may not wait at all.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ class AdmissionQueue:
         self.bounds = bounds
         self.bytes = 0
         self.depth = [0] * len(PRIORITIES)
-        self.work = 0.0
+        self.work = [0.0] * len(PRIORITIES)
         """Seconds of prompt work that wait, each ticket's on its best backend."""
+        self._bytes = [0] * len(PRIORITIES)
         self._accounts = accounts
         self.lines: dict[tuple[str, int, str], _Line] = {}
         """Tickets that wait, by model, priority and tenant; no line is empty."""
@@ -48,6 +51,21 @@ class AdmissionQueue:
         """There is room for it."""
         return sum(self.depth) < self.bounds.requests and self.bytes + ticket.size <= self.bounds.bytes
 
+    def has_place(self, ticket: Ticket) -> bool:
+        """There is room for it, or would be without those of a lower priority."""
+        upto = ticket.priority + 1
+        return sum(self.depth[:upto]) < self.bounds.requests and sum(self._bytes[:upto]) + ticket.size <= self.bounds.bytes
+
+    def make_room(self, ticket: Ticket) -> list[Ticket]:
+        """Those that wait no longer, so that the ticket, which has a place, fits: the last ones of the lowest priority, of the
+        tenant that has got most."""
+        displaced = []
+        while not self.fits(ticket):
+            _, line = max(self.lines.items(), key=lambda item: (item[0][1], self._accounts.of(item[0][2]), item[1][-1][:2]))
+            displaced.append(line[-1][2])
+            self.remove(displaced[-1])
+        return displaced
+
     def put(self, ticket: Ticket, now: float) -> None:
         """The ticket waits from now on; its ``key`` and ``seconds`` are set."""
         self._clock(now)
@@ -61,8 +79,9 @@ class AdmissionQueue:
         self._waiting[ticket.tenant] = waiting + 1
         self.depth[ticket.priority] += 1
         self.bytes += ticket.size
-        self.work += ticket.seconds
-        due = min(ticket.deadline, ticket.expires)
+        self._bytes[ticket.priority] += ticket.size
+        self.work[ticket.priority] += ticket.seconds
+        due = min(ticket.deadline - ticket.spare, ticket.expires)
         if due != math.inf:
             heapq.heappush(self._deadlines, (due, self._serial, ticket))
 
@@ -97,7 +116,9 @@ class AdmissionQueue:
             del self._waiting[ticket.tenant]
         self.depth[ticket.priority] -= 1
         self.bytes -= ticket.size
-        self.work = self.work - ticket.seconds if self.lines else 0.0
+        self._bytes[ticket.priority] -= ticket.size
+        left = self.depth[ticket.priority]
+        self.work[ticket.priority] = self.work[ticket.priority] - ticket.seconds if left else 0.0
         if len(self._deadlines) > 64 + 2 * len(self):  # those that left long before their deadline
             self._deadlines = [entry for entry in self._deadlines if entry[2].waiting]
             heapq.heapify(self._deadlines)
@@ -152,7 +173,7 @@ class AdmissionQueue:
         )
 
     def expire(self, now: float) -> list[Ticket]:
-        """Tickets whose deadline has passed; they wait no longer."""
+        """Tickets that expired, or would be late from now on; they wait no longer."""
         expired = []
         while self.due() <= now:
             ticket = heapq.heappop(self._deadlines)[2]
@@ -161,7 +182,7 @@ class AdmissionQueue:
         return expired
 
     def due(self) -> float:
-        """The next deadline of a waiting ticket, or infinity."""
+        """When the next waiting ticket expires, or would be late; or infinity."""
         while self._deadlines and not self._deadlines[0][2].waiting:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else math.inf

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any, Final, NamedTuple
@@ -87,7 +86,10 @@ def moment(value: Any) -> datetime:
     if isinstance(value, datetime):
         if value.tzinfo is None:
             raise ValueError(expected)
-        return value.astimezone(UTC)
+        try:
+            return value.astimezone(UTC)
+        except OverflowError:  # in the first or the last hours that there are
+            raise ValueError(expected) from None
     if not isinstance(value, date):
         raise ValueError(expected)
     return datetime(value.year, value.month, value.day, tzinfo=UTC)
@@ -205,10 +207,7 @@ def _refuse_twice(where: str, name: str, values: Sequence[object], keys: Sequenc
 
 def parse_keys(where: str, text: str) -> tuple[ApiKey, ...]:
     """The keys of a file's text. Raises `SettingsError`."""
-    try:
-        return read_keys(where, tomllib.loads(text))
-    except tomllib.TOMLDecodeError as problem:
-        raise SettingsError(f"{where}: is not TOML: {problem}") from None
+    return read_keys(where, readers.read_toml(where, text))
 
 
 # --- changing the file's text --------------------------------------------------------------------

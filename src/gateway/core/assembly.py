@@ -7,12 +7,14 @@ answer is assembled here: the fields are those that the server itself would have
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from . import sse
 from .errors import UNDECODABLE
+
+_TOO_DEEP: Final = "an event is nested too deeply"
 
 
 class Broken(ValueError):
@@ -57,7 +59,10 @@ class Assembler:
         if not self._done:
             raise Broken("the stream ended before [DONE]")
         choices = [self._choices[index] for index in sorted(self._choices)]
-        return msgspec.json.encode({"choices": choices, **self._answer, "object": self._object})
+        try:
+            return msgspec.json.encode({"choices": choices, **self._answer, "object": self._object})
+        except RecursionError:
+            raise Broken(_TOO_DEEP) from None
 
     def _chunk(self, data: bytes) -> None:
         try:
@@ -71,7 +76,10 @@ class Assembler:
         for choice in choices if isinstance(choices, list) else ():
             if not isinstance(choice, dict) or not isinstance(choice.get("index"), int):
                 raise Broken("a choice has no index")
-            self._choice(choice)
+            try:
+                self._choice(choice)
+            except RecursionError:  # what can be read is not always shallow enough to be put together
+                raise Broken(_TOO_DEEP) from None
 
     def _choice(self, part: dict[str, Any]) -> None:
         index = part["index"]
@@ -84,7 +92,10 @@ class Assembler:
         choice = self._choices[index]
         for name, value in part.items():
             if name == "delta":
-                merge(choice["message"], value if isinstance(value, dict) else {})
+                message = choice.get("message")
+                if not isinstance(message, dict):
+                    raise Broken("a delta where there is no message")
+                merge(message, value if isinstance(value, dict) else {})
             elif value is not None:
                 merge(choice, {name: value})
 
@@ -111,7 +122,7 @@ def _merged(known: list[Any], items: list[Any]) -> list[Any]:
     """Tool calls come in parts that carry an ``index``; log probabilities are new items each time."""
     for item in items:
         index = item.pop("index", None) if isinstance(item, dict) else None
-        if isinstance(index, int) and index < len(known) and isinstance(known[index], dict):
+        if isinstance(index, int) and 0 <= index < len(known) and isinstance(known[index], dict):
             merge(known[index], item)
         else:
             known.append(item)
@@ -144,12 +155,13 @@ class ResponseAssembler:
     def _event(self, data: bytes) -> None:
         try:
             event = msgspec.json.decode(data, type=_Event)
+            told = msgspec.json.decode(data) if event.type == "error" else None
         except UNDECODABLE as error:
             raise Broken(f"an event is not what it should be: {error}") from None
         if event.error is not None:
             raise _stream_error(data, event.error)
-        if event.type == "error":
-            raise _stream_error(msgspec.json.encode({"error": msgspec.json.decode(data)}), {"code": event.code})
+        if told is not None:
+            raise _stream_error(msgspec.json.encode({"error": told}), {"code": event.code})
         if event.response and event.type in ("response.completed", "response.incomplete", "response.failed"):
             self._answer = bytes(event.response)
 

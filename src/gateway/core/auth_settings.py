@@ -66,6 +66,16 @@ def jwks_url(value: Any) -> str:
     return url
 
 
+def takes_tokens(settings: Settings) -> bool:
+    """Whoever has a JWT may be let in."""
+    return bool(settings.jwt_key or settings.jwt_key_file or settings.jwt_jwks_url)
+
+
+def asks_for_keys(settings: Settings) -> bool:
+    """Not everybody is let in."""
+    return bool(settings.keys) or takes_tokens(settings)
+
+
 def problem(settings: Settings) -> str | None:
     """What of these settings does not go together, and the remedy."""
     sources = [name for name in ("jwt_key", "jwt_key_file", "jwt_jwks_url") if getattr(settings, name)]

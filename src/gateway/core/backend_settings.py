@@ -29,7 +29,12 @@ class Key(NamedTuple):
 
 
 KEYS: Final = (
-    Key("url", readers.backend_url, "required", "base URL of the model server"),
+    Key(
+        "url",
+        readers.backend_url,
+        "required",
+        "base URL of the model server, or where to find some: dns+http, srv+http or k8s+http (docs/discovery.md)",
+    ),
     Key("name", readers.name, "host and port of the URL", "what it is called in headers, logs and metrics"),
     Key("kind", readers.choice(*KINDS), "`GATEWAY_BACKEND_KIND`", "what it is: " + ", ".join(KINDS)),
     Key("models", readers.names, "discovered", "ids of the models to use it for"),
@@ -74,10 +79,12 @@ api_key_env = "EXAMPLE_KEY"
 
 @dataclass(frozen=True, kw_only=True)
 class BackendSettings:
-    """One backend. ``models`` empty and ``slots`` None: as it says itself. Timeouts are seconds; ``total`` 0 is no limit."""
+    """One backend. ``models`` empty and ``slots`` None: as it says itself. Timeouts are seconds; ``total`` 0 is no limit.
+    ``address``: the literal address to connect to, if that is not for the URL's host to say; TLS still asks for the host."""
 
     name: str
     url: str
+    address: str = ""
     kind: Literal["auto"] | Kind = "auto"
     models: tuple[str, ...] = ()
     weight: float = 1.0
@@ -173,6 +180,8 @@ def markdown_lines() -> Iterator[str]:
     yield "Like any setting, the backends come from the last source that names some: `BACKEND_URL` in `.env`, the\n"
     yield "environment or on the command line replaces all of the file's `[[backends]]`. A file has `backend_url` or\n"
     yield "`[[backends]]`, not both. URLs and names are unique.\n\n"
+    yield "A URL that begins with `dns+http`, `srv+http` or `k8s+http` stands for all backends that are found there\n"
+    yield "([discovery.md](discovery.md)); the other keys hold for each of them, and `name` is the first part of theirs.\n\n"
     yield "| key | default | meaning |\n|---|---|---|\n"
     for key in KEYS:
         yield f"| `{key.name}` | {key.default} | {key.help} |\n"

@@ -12,6 +12,7 @@ from typing import Final
 
 from .load import Load
 from .prefix import PrefixIndex
+from .rendezvous import Rendezvous
 from .service_rate import ServiceRates, work
 from .tickets import Ticket
 
@@ -40,6 +41,7 @@ class Backends:
         self.inflight: list[int] = []
         self.others: list[int] = []  # requests there that are not ours, as reported
         self.reported_at: list[float] = []
+        self.theirs: list[float] = []  # when prompts that are not ours, and waited there as reported, are predicted to be read
         self.crowded: list[bool] = []  # its KV memory is full, as reported
         self.busy: list[int] = []  # inflight + others
         self.decoding: list[int] = []
@@ -53,6 +55,7 @@ class Backends:
         self.tokens: list[float] = []  # prompts and expected outputs of requests in flight
         self.rates = ServiceRates()
         self.index = PrefixIndex()
+        self.rendezvous = Rendezvous()
         self.residence = 5.0  # seconds from a first token to the end of an answer, on average
         self.pressure = 0.0  # the part of the backends with prompts queued, as arrivals find them
         self.theta = 0.0  # what a second of prompt work costs those that come later, in seconds
@@ -62,6 +65,9 @@ class Backends:
         self._looks = 0  # of `rates`, when they were made
         self.decode = 0.0  # what a second of `stay` costs
         self._arrivals = 0
+        self.foreign = 0.0
+        """The part of the requests on the backends that are not ours, as reported."""
+        self._usual = 0.0  # seconds of a prompt of ours
         self.reported = False
         """Some backend told of a load that counts."""
         self._eligible: dict[str, tuple[int, ...]] = {}
@@ -78,12 +84,14 @@ class Backends:
             i = self._grow(weight)
         self.names[i] = name
         self.place[name] = i
+        self.rendezvous.put(i, name)
         return i
 
     def _grow(self, weight: float) -> int:
         self.rates.add(weight)
         self.index.add(0.0)
-        for numbers in (self.kv_tokens, self.weight, self.cost, self.reported_at, self.queued, self.since, self.drained):
+        self.reported_at.append(-math.inf)
+        for numbers in (self.kv_tokens, self.weight, self.cost, self.theirs, self.queued, self.since, self.drained):
             numbers.append(0.0)
         for numbers in (self.floor, self.tokens, self.slope, self.stay):
             numbers.append(0.0)
@@ -109,13 +117,22 @@ class Backends:
         self._unweighed.add(i)
 
     def report(self, i: int, load: Load | None) -> None:
-        """What backend ``i`` says of its load: what is more than ours are others' requests."""
+        """What backend ``i`` says of its load: what is more than ours are others' requests. What it said before counts as it
+        did then: ours have come and gone since."""
+        if load is not None and load.at == self.reported_at[i]:
+            return
         self.others[i] = max(0, load.running + load.waiting - self.inflight[i]) if load else 0
-        self.reported_at[i] = load.at if load else 0.0
+        self.reported_at[i] = load.at if load else -math.inf
         self.crowded[i] = load is not None and (load.kv_usage or 0.0) >= FULL
         self.busy[i] = self.inflight[i] + self.others[i]
         self._unweighed.add(i)
         self.reported = any(self.others) or any(self.crowded)
+        self.theirs[i] = 0.0
+        if load is not None:
+            waiting = min(load.waiting - max(len(self.pending[i]) - 1, 0), self.others[i])  # the first of ours is being read
+            self.theirs[i] = load.at + max(waiting, 0) * self._usual
+            if busy := sum(self.busy):
+                self.foreign += 0.05 * (sum(self.others) / busy - self.foreign)
 
     def doubt(self, now: float) -> None:
         """Reported loads of long ago count no more."""
@@ -151,11 +168,20 @@ class Backends:
 
     def waits(self, now: float) -> list[float]:
         """Seconds until each backend's prompts are predicted to be read."""
-        if not any(self.drained):
-            return [0.0] * len(self.drained)
-        return [
-            drained - now if drained - now > floor else floor for drained, floor in zip(self.drained, self.floor, strict=True)
-        ]
+        if any(self.drained):
+            rows = zip(self.drained, self.floor, strict=True)
+            waits = [drained - now if drained - now > floor else floor for drained, floor in rows]
+        else:
+            waits = [0.0] * len(self.drained)
+        if self.reported:
+            return [wait + max(read - now, 0.0) for wait, read in zip(waits, self.theirs, strict=True)]
+        return waits
+
+    def opening(self, now: float, most: float) -> float:
+        """When a backend that has more than ``most`` seconds of prompts before it will have less; inf: none will by itself."""
+        rows = zip(self.drained, self.floor, self.theirs, strict=True)
+        ends = [max(drained, read) if read > now else drained - most for drained, floor, read in rows if floor <= most]
+        return min([end for end in ends if end > now], default=math.inf)
 
     def arrival(self) -> None:
         """A ticket has come. Every so many, look at how busy the backends are, and what that makes their work cost others."""
@@ -190,6 +216,7 @@ class Backends:
         self.inflight[i] += 1
         self.busy[i] += 1
         self.tokens[i] += ticket.tokens
+        self._usual += 0.02 * (ticket.seconds - self._usual)
         self._unweighed.add(i)
         if pending:
             self._settle(i, now)

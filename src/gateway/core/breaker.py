@@ -25,17 +25,19 @@ class Breaker:
         self._open_for = seconds
         self.until: float | None = None
         """When it lets the next trial through; None: it is closed."""
-        self._trial = False
+        self._trial = self._tried = False
         self.era = 0
         """What an outcome has to be of, to count."""
         self.row = 0
-        self.opened = 0
+        self.opened = self.half_opened = self.closed = 0
+        """How often it came into that state; into half-open with the first trial that it lets through."""
         self.changes = 0
         """It grows with everything that may change what is allowed, but for the passing of time."""
 
     def reset(self) -> None:
         """Close it: the backend is as good as new."""
         self._open_for = self._seconds
+        self.closed += self.until is not None
         self.until = None
         self._trial = False
         self.era += 1
@@ -58,7 +60,8 @@ class Breaker:
     def sent(self, now: float) -> int:
         """A request goes to the backend; returns the era, which its outcome is told with."""
         if self.until is not None and now >= self.until and not self._trial:
-            self._trial = True
+            self.half_opened += not self._tried
+            self._trial = self._tried = True
             self.era += 1
             self.changes += 1
         return self.era
@@ -91,5 +94,5 @@ class Breaker:
         self.opened += 1
         self.changes += 1
         self.until = now + self._open_for
-        self._trial = False
+        self._trial = self._tried = False
         self.era += 1

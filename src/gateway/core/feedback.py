@@ -17,6 +17,7 @@ LARGEST_CACHE: Final = 8_000_000
 
 SMALLEST_CACHE: Final = 4096
 _SILENT: Final = 20  # answers without a cached token, of prompts thought to be cached: the backend does not say
+_FEW: Final = 8  # answers: with fewer nobody knows how long they take
 
 
 class Feedback:
@@ -38,6 +39,8 @@ class Feedback:
         self._sized_for = 4.0  # characters in a token, when the caches were last measured in them
         self._output = 256.0
         self._stays = 0
+        self._lag = [0.0, 0.0]  # seconds that whole answers, and first tokens, took longer than the prompt work predicted
+        self._told_of = [0, 0]  # how many of them were seen
 
     def forget(self, i: int) -> None:
         """Place ``i`` is another backend's now."""
@@ -69,6 +72,11 @@ class Feedback:
         """Tokens of a prompt whose text was not looked at that backend ``i`` has cached, if it is like others."""
         return 0 if ticket.prompt.keys else int(ticket.prompt_tokens * self._hits[i])
 
+    def takes(self, ticket: Ticket) -> float:
+        """Seconds from a grant to what the client waits for, a first token or a whole answer, for a ticket whose prompt work is
+        predicted; 0: too few have been seen."""
+        return max(ticket.seconds + self._lag[ticket.streams], 0.0) if self._told_of[ticket.streams] >= _FEW else 0.0
+
     def learn(self, ticket: Ticket, now: float, usage: Usage | None) -> float:
         """Take a finished ticket into account. The token work that it was."""
         i = ticket.lane
@@ -77,6 +85,11 @@ class Feedback:
                 self._backends.index.forget(i, ticket.prompt, ticket.known)
                 return 0.0
             return ticket.charged
+        seen = ticket.first_token_at if ticket.streams else now
+        if seen is not None:
+            self._told_of[ticket.streams] += 1
+            share = max(0.05, 1.0 / self._told_of[ticket.streams])
+            self._lag[ticket.streams] += share * (seen - ticket.granted_at - ticket.seconds - self._lag[ticket.streams])
         self._output += 0.01 * (usage.completion_tokens - self._output)
         if usage.estimated or not usage.prompt_tokens:
             return ticket.charged

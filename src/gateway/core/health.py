@@ -43,6 +43,8 @@ class Health:
         self.report = Report("openai" if own.kind == "auto" else own.kind)
         self.held = 0
         self.draining = False
+        self.leaving = False
+        """It is no longer among the backends, and ends what it has."""
         self._own = own
         self._rules = rules
         self.breaker = Breaker(rules.breaker_failures, rules.breaker_open)
@@ -56,6 +58,10 @@ class Health:
         self._last_failure = ""
         self._state: State = "warming"
         self._since = now
+
+    def use(self, own: BackendSettings) -> None:
+        """It has other settings from now on; what is known of it stays."""
+        self._own = own
 
     # --- what happens
 
@@ -166,9 +172,13 @@ class Health:
             self.held,
             self._restarts,
             self.breaker.opened,
+            self.breaker.half_opened,
+            self.breaker.closed,
         )
 
     def _judged(self, now: float) -> tuple[State, str]:
+        if self.leaving:
+            return "draining", "it is no longer among the backends"
         if self.draining:
             return "draining", "by an operator"
         if self._probed[0] != "healthy":

@@ -72,6 +72,7 @@ OPERATIONS: Final = (
     Operation("get", "/dashboard", "A page that shows how things are", gives=(HTML,), open=True),
     Operation("get", "/dashboard/state", "What it shows, as JSON"),
     Operation("get", "/dashboard/events", "The same once a second, as a stream of events", gives=(EVENTS,)),
+    Operation("get", "/admin/settings", "The settings that hold; secrets are fingerprints"),
     Operation("post", "/admin/explain", "Where a chat completion would go, and why", CHAT.schema),
     Operation("post", "/admin/backends/{name}", "Take a backend out of service, or back", CHANGE, parameter="name"),
 )

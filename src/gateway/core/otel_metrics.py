@@ -1,16 +1,14 @@
-"""The GenAI conventions' histograms, counted from records and encoded for OTLP."""
+"""The GenAI conventions' histograms, counted from records: in plain additions, as each request pays for them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from . import otel_names as names
-from . import otlp
 from .histogram import Histogram
-from .otlp import Value
 from .record import Record
-from .spans import Place
+from .spans import Attributes, Place
 
 MAX_SERIES: Final = 2000
 """Sets of attributes that are counted by themselves; those beyond are counted as one."""
@@ -25,7 +23,7 @@ TOKENS: Final = tuple(4**power for power in range(14))
 """The conventions' buckets; those of seconds reach further, as local models are slow."""
 
 
-class Attributes(NamedTuple):
+class Key(NamedTuple):
     """What the series of a histogram are told apart by; each comes from a bounded set."""
 
     operation: str
@@ -35,7 +33,25 @@ class Attributes(NamedTuple):
     code: str
 
 
-OVERFLOW: Final = Attributes("other", "other", "", "", "")
+OVERFLOW: Final = Key("other", "other", "", "", "")
+
+
+class Point(NamedTuple):
+    """One series of a histogram, as it stood: ``counts`` has one more place than ``bounds``, as in `Histogram`."""
+
+    attributes: Attributes
+    counts: tuple[int, ...]
+    total: float
+    bounds: Sequence[float]
+
+
+class Seen(NamedTuple):
+    """A histogram with all its series."""
+
+    name: str
+    description: str
+    unit: str
+    points: list[Point]
 
 
 class _Series:
@@ -50,19 +66,18 @@ class _Series:
 
 
 class GenAIMetrics:
-    """Counts from ``started`` on, in seconds since 1970. ``backends``: where each is."""
+    """``backends``: where each is."""
 
-    def __init__(self, started: float, backends: Mapping[str, Place]) -> None:
-        self._started = int(started * 1e9)
+    def __init__(self, backends: Mapping[str, Place]) -> None:
         self._backends = backends
-        self._series: dict[Attributes, _Series] = {}
+        self._series: dict[Key, _Series] = {}
 
     def count(self, record: Record, model: str, provider: str) -> None:
         """One request that has ended; ``model`` is a name out of a bounded set."""
         operation = names.OPERATIONS.get(record.route)
         if operation is None:
             return
-        series = self._of(Attributes(operation, model, provider, record.backend, record.code))
+        series = self._of(Key(operation, model, provider, record.backend, record.code))
         series.request.observe(record.ended - record.started)
         if not record.tries:
             return
@@ -77,37 +92,43 @@ class GenAIMetrics:
             if record.last_token is not None and used.completion_tokens > 1:
                 series.per_token.observe((record.last_token - record.first_token) / (used.completion_tokens - 1))
 
-    def _of(self, attributes: Attributes) -> _Series:
-        found = self._series.get(attributes)
+    def _of(self, key: Key) -> _Series:
+        found = self._series.get(key)
         if found is None:
             if len(self._series) >= MAX_SERIES:
-                attributes = OVERFLOW
-            found = self._series.setdefault(attributes, _Series())
+                key = OVERFLOW
+            found = self._series.setdefault(key, _Series())
         return found
 
-    def encoded(self, now: float) -> list[bytes]:
-        """The elements of a metrics request, at a time in seconds since 1970."""
-        end = int(now * 1e9)
-        found: dict[str, list[bytes]] = {name: [] for name in _TEXTS}
-        for attributes, series in self._series.items():
-            values = self._values(attributes)
-            for name, seen, more in _seen(series):
-                if any(seen.counts):
-                    point = otlp.point(self._started, end, seen.counts, seen.total, seen.bounds, {**values, **more})
-                    found[name].append(point)
-        return [otlp.histogram(name, *_TEXTS[name], points) for name, points in found.items() if points]
+    def forget_gone(self) -> None:
+        """Backends that have no place any more are counted no more."""
+        for key in [one for one in self._series if one.backend and one.backend not in self._backends]:
+            del self._series[key]
 
-    def _values(self, attributes: Attributes) -> dict[str, Value | None]:
-        place = self._backends.get(attributes.backend)
-        return {
-            names.OPERATION: attributes.operation,
-            names.PROVIDER: attributes.provider or None,
-            names.REQUEST_MODEL: attributes.model or None,
+    def seen(self) -> list[Seen]:
+        """What was counted so far, which does not change any more."""
+        found: dict[str, list[Point]] = {name: [] for name in _TEXTS}
+        for key, series in self._series.items():
+            attributes = self._attributes(key)
+            for name, histogram, more in _histograms(series):
+                if any(histogram.counts):
+                    found[name].append(
+                        Point({**attributes, **more}, tuple(histogram.counts), histogram.total, histogram.bounds)
+                    )
+        return [Seen(name, *_TEXTS[name], points) for name, points in found.items() if points]
+
+    def _attributes(self, key: Key) -> Attributes:
+        place = self._backends.get(key.backend)
+        found: dict[str, str | int | None] = {
+            names.OPERATION: key.operation,
+            names.PROVIDER: key.provider or None,
+            names.REQUEST_MODEL: key.model or None,
             names.SERVER_ADDRESS: place.host if place else None,
             names.SERVER_PORT: place.port if place else None,
-            names.BACKEND: attributes.backend or None,
-            names.ERROR_TYPE: attributes.code or None,
+            names.BACKEND: key.backend or None,
+            names.ERROR_TYPE: key.code or None,
         }
+        return {name: value for name, value in found.items() if value is not None}
 
 
 _TEXTS: Final = {
@@ -119,15 +140,10 @@ _TEXTS: Final = {
 }
 
 
-def _seen(series: _Series) -> list[tuple[str, Histogram, Mapping[str, Value]]]:
-    tokens = [
-        (names.TOKEN_USAGE, seen, {names.TOKEN_TYPE: kind})
-        for kind, seen in zip(("input", "output"), series.tokens, strict=True)
-    ]
-    return [
-        *tokens,
-        (names.OPERATION_DURATION, series.operation, {}),
-        (names.REQUEST_DURATION, series.request, {}),
-        (names.FIRST_TOKEN, series.first_token, {}),
-        (names.PER_TOKEN, series.per_token, {}),
-    ]
+def _histograms(series: _Series) -> Iterator[tuple[str, Histogram, Attributes]]:
+    yield names.TOKEN_USAGE, series.tokens[0], {names.TOKEN_TYPE: "input"}
+    yield names.TOKEN_USAGE, series.tokens[1], {names.TOKEN_TYPE: "output"}
+    yield names.OPERATION_DURATION, series.operation, {}
+    yield names.REQUEST_DURATION, series.request, {}
+    yield names.FIRST_TOKEN, series.first_token, {}
+    yield names.PER_TOKEN, series.per_token, {}

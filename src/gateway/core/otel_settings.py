@@ -1,42 +1,39 @@
-"""What OpenTelemetry's own environment variables say.
+"""What OpenTelemetry's own environment variables say to us; all others (endpoints, headers, certificates, compression,
+timeouts, the resource) the SDK's exporters read for themselves.
 
-Source: the specification's "Environment Variable Specification" and "OTLP Exporter Configuration". As it wants, a value
-that makes no sense is a warning and counts as not given. OTLP goes over HTTP as protobuf.
+Source: the specification's "Environment Variable Specification". As it wants, a value that makes no sense is a warning and
+counts as not given.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
-from urllib.parse import unquote, urlsplit
+from typing import Literal, NamedTuple
 
 from .trace_context import SAMPLERS
 
-DEFAULT_ENDPOINT = "http://localhost:4318"
+QUEUE = 8192
+"""Spans, where the specification has 2048: two seconds of a busy gateway."""
 
+BATCH = 128
+"""Spans, where the specification has 512: to put together so many keeps the interpreter for 12 ms, and 128 for 2."""
 
-class Target(NamedTuple):
-    """Where one signal goes. ``timeout`` in seconds for one request; ``compress`` with gzip."""
-
-    url: str
-    headers: tuple[tuple[str, str], ...]
-    timeout: float
-    compress: bool
+Signal = Literal["traces", "metrics"]
+Protocol = Literal["http/protobuf", "grpc"]
 
 
 class OtelSettings(NamedTuple):
-    """``traces`` and ``metrics`` None: that signal does not leave. ``ratio`` and ``by_parent``: see `Tracing`. Times in
-    seconds. ``queue``, ``batch``: spans that may wait, and that go in one request. ``warnings``: what made no sense."""
+    """``traces`` and ``metrics``: how that signal leaves; None if it does not. ``ratio`` and ``by_parent``: see `Tracing`.
+    Times in seconds. ``queue``, ``batch``: spans that may wait, and that go in one request. ``warnings``: what made no
+    sense."""
 
-    traces: Target | None
-    metrics: Target | None
+    traces: Protocol | None
+    metrics: Protocol | None
     ratio: float
     by_parent: bool
-    attributes: Mapping[str, str]
     delay: float
     queue: int
     batch: int
-    export_timeout: float
     metric_interval: float
     warnings: tuple[str, ...]
 
@@ -49,28 +46,26 @@ def is_wanted(setting: str, environ: Mapping[str, str]) -> bool:
     return setting == "on" or any(environ.get(f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT") for signal in signals)
 
 
-def read(environ: Mapping[str, str], version: str) -> OtelSettings:
-    """The settings; ``version`` is the gateway's."""
+def read(environ: Mapping[str, str]) -> OtelSettings:
+    """The settings."""
     found = _Reader(environ)
-    queue = found.number("OTEL_BSP_MAX_QUEUE_SIZE", 2048)
+    queue = found.number("OTEL_BSP_MAX_QUEUE_SIZE", QUEUE)
     ratio, by_parent = found.sampler()
     return OtelSettings(
-        traces=found.target("traces"),
-        metrics=found.target("metrics"),
+        traces=found.protocol("traces"),
+        metrics=found.protocol("metrics"),
         ratio=ratio,
         by_parent=by_parent,
-        attributes=found.resource(version),
         delay=found.number("OTEL_BSP_SCHEDULE_DELAY", 5000) / 1000,
         queue=queue,
-        batch=min(found.number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", 512), queue),
-        export_timeout=found.number("OTEL_BSP_EXPORT_TIMEOUT", 30000) / 1000,
+        batch=min(found.number("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", BATCH), queue),
         metric_interval=found.number("OTEL_METRIC_EXPORT_INTERVAL", 60000) / 1000,
         warnings=tuple(found.warnings),
     )
 
 
 class _Reader:
-    """Reads variables, and notes what makes no sense. Values of headers, which may be secret, are never in a warning."""
+    """Reads variables, and notes what makes no sense."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._environ = environ
@@ -87,52 +82,16 @@ class _Reader:
             return default
         return int(text[:12]) if text else default
 
-    def of_signal(self, signal: str, what: str) -> str:
-        """A variable of the OTLP exporter: the signal's own, or that for all."""
-        return self.text(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{what}") or self.text(f"OTEL_EXPORTER_OTLP_{what}")
-
-    def target(self, signal: str) -> Target | None:
+    def protocol(self, signal: Signal) -> Protocol | None:
         if self.text(f"OTEL_{signal.upper()}_EXPORTER").lower() == "none":
             return None
-        own = self.text(f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT")
-        url = own or f"{(self.text('OTEL_EXPORTER_OTLP_ENDPOINT') or DEFAULT_ENDPOINT).rstrip('/')}/v1/{signal}"
-        if not _is_url(url):
-            self.warnings.append(f"OTEL_EXPORTER_OTLP_ENDPOINT is not an http or https URL without credentials: no {signal}")
-            return None
-        if self.of_signal(signal, "PROTOCOL") not in {"", "http/protobuf"}:
-            self.warnings.append("OTEL_EXPORTER_OTLP_PROTOCOL: only http/protobuf is there, and is used")
-        compression = self.of_signal(signal, "COMPRESSION")
-        return Target(url, self.headers(signal), self.timeout(signal), compression == "gzip")
-
-    def timeout(self, signal: str) -> float:
-        own = f"OTEL_EXPORTER_OTLP_{signal.upper()}_TIMEOUT"
-        return self.number(own if self.text(own) else "OTEL_EXPORTER_OTLP_TIMEOUT", 10000) / 1000
-
-    def headers(self, signal: str) -> tuple[tuple[str, str], ...]:
-        own = f"OTEL_EXPORTER_OTLP_{signal.upper()}_HEADERS"
-        pairs = self.pairs(own if self.text(own) else "OTEL_EXPORTER_OTLP_HEADERS")
-        return tuple(
-            (name.lower(), value) for name, value in pairs.items() if f"{name}{value}".isascii() and value.isprintable()
-        )
-
-    def pairs(self, name: str) -> dict[str, str]:
-        """``a=b,c=d``, percent-encoded."""
-        found: dict[str, str] = {}
-        for pair in self.text(name).split(","):
-            key, equals, value = pair.partition("=")
-            if equals and key.strip():
-                found[unquote(key.strip())] = unquote(value.strip())
-            elif pair.strip():
-                self.warnings.append(f"{name} has a part that is not name=value, which is left out")
-        return found
-
-    def resource(self, version: str) -> dict[str, str]:
-        given = self.pairs("OTEL_RESOURCE_ATTRIBUTES")
-        found = {"service.name": "inference-gateway", "service.version": version, **given}
-        if self.text("OTEL_SERVICE_NAME"):
-            found["service.name"] = self.text("OTEL_SERVICE_NAME")
-        own = {"telemetry.sdk.name": "inference-gateway", "telemetry.sdk.language": "python", "telemetry.sdk.version": version}
-        return {name: value for name, value in found.items() if name.isascii()} | own
+        own = f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL"
+        found = self.text(own) or self.text("OTEL_EXPORTER_OTLP_PROTOCOL")
+        if found == "grpc":
+            return "grpc"
+        if found not in {"", "http/protobuf"}:
+            self.warnings.append("OTEL_EXPORTER_OTLP_PROTOCOL is neither http/protobuf, which is used, nor grpc")
+        return "http/protobuf"
 
     def sampler(self) -> tuple[float, bool]:
         name = self.text("OTEL_TRACES_SAMPLER").lower() or "parentbased_always_on"
@@ -152,11 +111,3 @@ class _Reader:
             self.warnings.append("OTEL_TRACES_SAMPLER_ARG is not a number from 0 to 1: 1 is used")
             return 1.0
         return ratio
-
-
-def _is_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.username is None and parts.port != 0
-    except ValueError:
-        return False

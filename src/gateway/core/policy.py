@@ -7,8 +7,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import lru_cache
-from hashlib import blake2b
 from typing import ClassVar, Final, Protocol
 
 from .backends import Backends
@@ -21,6 +19,10 @@ loads: Mirrokni, Thorup and Zadimoghaddam, SODA 2018)."""
 
 SESSIONS: Final = 65536
 """Sessions whose last backend is remembered."""
+
+ELSEWHERE: Final = 0.1
+"""The part of what no cache is known to hold of a prompt that its home is thought to have at least, from requests that other
+gateways sent; else half their part of all requests."""
 
 _FAR: Final = 1e15  # more than any load: what costs this much is taken if nothing else is left
 
@@ -88,15 +90,15 @@ class Session:
     hashes: ClassVar[bool] = False
 
     def costs(self, ticket: Ticket, backends: Backends, waits: Sequence[float]) -> list[float]:
-        """The session's liking for each backend, from 0 to 1 (0: most); past the bound, the load."""
+        """Each backend's place in the session's order; past the bound, the load."""
         if ticket.session is None:
             return loads(backends)
         most = _share(backends)
-        rows = zip(backends.names, backends.busy, backends.weight, strict=True)
-        return [
-            distance(ticket.session, name) if busy < max(most * weight, 1.0) else _FAR + busy / max(weight, 1e-9)
-            for name, busy, weight in rows
-        ]
+        rows = zip(backends.busy, backends.weight, strict=True)
+        costs = [0.0 if busy < max(most * weight, 1.0) else _FAR + busy / max(weight, 1e-9) for busy, weight in rows]
+        for place, i in enumerate(backends.rendezvous.order(ticket.session)):
+            costs[i] += place
+        return costs
 
     def bound(self, ticket: Ticket, i: int, backends: Backends) -> str:
         """Sticky or not."""
@@ -104,7 +106,7 @@ class Session:
 
 
 class Prefix:
-    """The backend whose cache holds most of the prompt, within bounded loads; of those, the one with the least work left."""
+    """The backend whose cache holds most of the prompt, within bounded loads; of those, the prompt's home."""
 
     name: ClassVar[str] = "prefix"
     holds: ClassVar[bool] = False
@@ -117,11 +119,14 @@ class Prefix:
         for i, depth in ticket.matches:
             if backends.busy[i] < max(most * backends.weight[i], 1.0):
                 costs[i] -= cached_tokens(ticket, depth) * 1e6
+        ticket.home = home = home_of(ticket, max([depth for _, depth in ticket.matches], default=0), backends)
+        if home >= 0:
+            costs[home] -= 1e6
         return costs
 
     def bound(self, ticket: Ticket, i: int, backends: Backends) -> str:
         """How much of the prompt is there."""
-        return _cache_or(ticket, "least-load")
+        return _cache_or(ticket, "home" if ticket.home == i else "least-load")
 
 
 class Device:
@@ -160,9 +165,15 @@ class ExpectedCompletion:
         prompt = ticket.prompt_tokens
         full = work(prompt, 0.0)
         costs = [wait + full * slope + decode * stay for wait, slope, stay in zip(waits, slopes, stays, strict=True)]
+        deepest = most = 0
         for i, depth in ticket.matches:
             cached = cached_tokens(ticket, depth)
             costs[i] -= slopes[i] * (full - work(prompt - cached, cached))
+            if depth > deepest:
+                deepest, most = depth, cached
+        ticket.home = home = home_of(ticket, deepest, backends)
+        if home >= 0:
+            costs[home] -= max(ELSEWHERE, 0.5 * backends.foreign) * slopes[home] * work(prompt - most, most)
         for i in backends.packed:  # a slot must come free first
             slots = max(backends.slots[i], 1)
             costs[i] += (backends.busy[i] + 1 - slots) * backends.residence / slots
@@ -172,14 +183,15 @@ class ExpectedCompletion:
 
     def bound(self, ticket: Ticket, i: int, backends: Backends) -> str:
         """What the choice gained."""
+        otherwise = "home" if ticket.home == i else "least-load"
         if ticket.session is None:
-            return _cache_or(ticket, "least-load")
+            return _cache_or(ticket, otherwise)
         stays = self._homes.get(ticket.session) == i
         self._homes[ticket.session] = i
         self._homes.move_to_end(ticket.session)
         if len(self._homes) > SESSIONS:
             self._homes.popitem(last=False)
-        return _cache_or(ticket, "session" if stays else "least-load")
+        return _cache_or(ticket, "session" if stays else otherwise)
 
 
 def cached_tokens(ticket: Ticket, depth: int) -> int:
@@ -198,10 +210,20 @@ def loads(backends: Backends) -> list[float]:
     return [(tokens + others * mean) / max(weight, 1e-9) for tokens, others, weight in rows]
 
 
-@lru_cache(SESSIONS)
-def distance(session: str, name: str) -> float:
-    """How far the backend is from being the session's, from 0 to 1: rendezvous hashing (Thaler and Ravishankar 1998)."""
-    return int.from_bytes(blake2b(f"{session}\0{name}".encode(), digest_size=8).digest()) / 2.0**64
+def home_of(ticket: Ticket, known: int, backends: Backends) -> int:
+    """The backend that every process would choose for a prompt whose first ``known`` blocks are all that it has seen, by what
+    comes after them, or else by the session: of those with the model, the first in its order within bounded loads. -1:
+    there is none."""
+    tails, key = ticket.prompt.tails, ticket.session
+    if known < len(tails):
+        key = tails[known]
+    elif key is None:
+        return -1
+    may, busy = backends.eligible(ticket.model), backends.busy
+    for i in backends.rendezvous.order(key):
+        if i in may and (not busy[i] or busy[i] < _share(backends) * backends.weight[i]):
+            return i
+    return -1
 
 
 def _share(backends: Backends) -> float:

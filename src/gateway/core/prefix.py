@@ -16,10 +16,12 @@ from typing import Final, NamedTuple
 _SIZES: Final = [256] * 4 + [1024] * 3 + [2048] * 2 + [4096] * 6 + [8192] * 508
 _ENDS: Final = tuple(accumulate(_SIZES))  # of each block, in characters; what lies past 4 MiB is not matched
 _SLICES: Final = [slice(begin, end) for begin, end in pairwise((0, *_ENDS))]
+_TAILS: Final = [slice(end - 128, end) for end in _ENDS]
 
 
 class Blocks(NamedTuple):
-    """A prompt as the index sees it: the chained keys of its whole blocks, where each block ends, and the prompt's size.
+    """A prompt as the index sees it: the chained keys of its whole blocks, where each block ends, the prompt's size, and what
+    each block ends with, which is the same in every process.
 
     ``ends`` (at least as long as ``keys``) and ``total`` share a unit: characters if `blocks_of` made them.
     """
@@ -27,6 +29,7 @@ class Blocks(NamedTuple):
     keys: list[int]
     ends: Sequence[int]
     total: int
+    tails: Sequence[str] = ()
 
 
 _SPARE: Final = 0.04  # of a full cache is forgotten at once
@@ -42,7 +45,7 @@ def blocks_of(seed: str, text: str) -> Blocks:
     for piece in _SLICES[: bisect_right(_ENDS, len(text))]:
         key = hash((key, text[piece]))
         keys.append(key)
-    return Blocks(keys, _ENDS, len(text))
+    return Blocks(keys, _ENDS, len(text), [text[tail] for tail in _TAILS[: len(keys)]])
 
 
 class PrefixIndex:

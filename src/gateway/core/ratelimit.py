@@ -104,6 +104,8 @@ def refusal(limits: Limits, counts: Counts, tokens: int, cost: int, unix: float)
         found.append((CONCURRENCY_WAIT, "concurrency", f"This key may have {left}; one has to end"))
     if limits.budget is not None and counts.spent + cost > amount_of(limits):
         found.append((max(counts.ends - unix, 1.0), "budget", _of_budget(limits, limits.budget, counts, cost)))
+    if not found:  # whoever counts has another reason: it knows the request already, as one that was given up
+        found.append((CONCURRENCY_WAIT, "concurrency", "The request was given up before it was let in"))
     wait, limit, what = max(found)
     when = "" if limit == "budget" else f". Try again in {wait:.3f} s."
     return Limited(limit, what + when, limits, counts, wait)

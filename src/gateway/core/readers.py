@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import unquote, urlsplit
 
+from . import sources
+
 MAX_TEXT: Final = 4096
 MAX_NAMES: Final = 1000
+MAX_NESTED: Final = 64
+"""Tables and lists of a TOML file within one another."""
+
+MAX_PROBLEM: Final = 200
+"""Characters of a parser's own words that an error repeats."""
 
 
 class SettingsError(ValueError):
@@ -21,6 +29,32 @@ class SettingsError(ValueError):
 
 
 Reader = Callable[[Any], Any]
+
+
+def read_toml(where: str, text: str) -> dict[str, Any]:
+    """What a TOML file says. ``where`` names it. Raises `SettingsError`.
+
+    Beyond what the parser sees to: integers are of 64 bits, as TOML has them, and nothing is nested so deeply that it could
+    not be shown or passed on.
+    """
+    try:
+        found = tomllib.loads(text)
+    except ValueError as problem:  # which a number of thousands of digits is too
+        raise SettingsError(f"{where}: is not TOML: {str(problem)[:MAX_PROBLEM]}") from None
+    except RecursionError:
+        raise SettingsError(f"{where}: {_TOO_DEEP}") from None
+    level: list[Any] = [found]
+    for _ in range(MAX_NESTED):
+        level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
+        if any(isinstance(one, int) and not -(2**63) <= one < 2**63 for one in level):
+            raise SettingsError(f"{where}: has a number of more than 64 bits")
+        level = [one for one in level if isinstance(one, dict | list)]
+        if not level:
+            return found
+    raise SettingsError(f"{where}: {_TOO_DEEP}")
+
+
+_TOO_DEEP: Final = f"tables and lists are nested more than {MAX_NESTED} deep"
 
 
 def text(value: Any) -> str:
@@ -132,9 +166,11 @@ def host(value: Any) -> str:
 
 
 def backend_url(value: Any) -> str:
-    """A base URL without its trailing slash; a trailing ``/v1``, as SDKs want it, is taken off."""
+    """A base URL without its trailing slash; a trailing ``/v1``, as SDKs want it, is taken off. Or one of `core.sources`."""
     expected = "a URL such as http://127.0.0.1:8000, without user, query or fragment"
     url = text(value)
+    if sources.is_source(url):
+        return sources.written(sources.read_url(url))
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -189,6 +225,20 @@ def redis_url(value: Any) -> RedisServer:
         raise ValueError(expected)
     user, password = unquote(parts.username or ""), unquote(parts.password or "")
     return RedisServer(parts.scheme == "rediss", found, port or 6379, user or None, password or None, int(database or 0))
+
+
+def dns_server(value: Any) -> tuple[str, int]:
+    """The literal address of a name server, and its port: 53 unless it says another."""
+    expected = "the address of a name server, such as 10.0.0.10, 10.0.0.10:5353 or [::1]:53"
+    found = re.fullmatch(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<v4>[0-9.]+))(?::(?P<port>[0-9]{1,5}))?", text(value))
+    try:
+        address = str(ipaddress.ip_address(found["v6"] or found["v4"] if found else ""))
+    except ValueError:
+        raise ValueError(expected) from None
+    port = int((found and found["port"]) or 53)
+    if not 0 < port < 65536:
+        raise ValueError(expected)
+    return address, port
 
 
 def ledger_place(value: Any) -> str:

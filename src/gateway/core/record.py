@@ -36,9 +36,9 @@ CANCELLED: Final = "cancelled"
 
 class Record(msgspec.Struct, eq=False):
     """One request. Times are seconds on the monotonic clock; ``queued`` are those it waited for its last backend, ``decision``
-    says why it got that one, ``retries`` the codes of the attempts that failed before; ``error_form`` is how its client is told
-    of errors; ``served_model``, if there are settings for ``model``, is what a backend was asked for; bytes are those of the
-    bodies."""
+    says why it got that one, ``retries`` the codes of the attempts that failed before; ``left`` is when its client went away
+    before the end, ``error_form`` how it is told of errors; ``served_model``, if there are settings for ``model``, is what a
+    backend was asked for; bytes are those of the bodies."""
 
     request_id: str
     method: str
@@ -68,6 +68,7 @@ class Record(msgspec.Struct, eq=False):
     first_token: float | None = None
     last_token: float | None = None
     ended: float = 0.0
+    left: float = 0.0
     error_form: ErrorForm = OPENAI
     session: str = ""
     received_bytes: int = 0

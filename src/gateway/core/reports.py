@@ -7,7 +7,6 @@ http_server.py; text-generation-inference docs/source/reference/metrics.md and i
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from typing import Any, Final, Literal, NamedTuple
@@ -20,6 +19,9 @@ from .load import Load
 
 MAX_MODELS: Final = 1000
 """Models of one backend that are known by name."""
+
+_MOST: Final = 2**50
+"""No number of tokens or requests is as large as this."""
 
 
 class Report(NamedTuple):
@@ -87,9 +89,12 @@ def _objects(found: Any) -> list[dict[str, Any]]:
 
 def _count(value: Any) -> int | None:
     """A plausible whole number, else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not 0 <= value < 2**50:
-        return None
-    return int(value)
+    return int(value) if _plausible(value) and value >= 0 else None
+
+
+def _plausible(value: Any) -> bool:
+    """A number with which one can count: neither infinite nor beyond what a float tells apart."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -_MOST < value < _MOST
 
 
 def _positive(value: Any) -> int | None:
@@ -97,7 +102,7 @@ def _positive(value: Any) -> int | None:
 
 
 def _sum(found: list[dict[str, Any]], name: str) -> int:
-    return sum(_count(one.get(name)) or 0 for one in found)
+    return min(sum(_count(one.get(name)) or 0 for one in found), _MOST)
 
 
 def llamacpp_props(body: bytes) -> Facts | None:
@@ -108,7 +113,7 @@ def llamacpp_props(body: bytes) -> Facts | None:
         return None
     settings = found.get("default_generation_settings")
     context = _positive(settings.get("n_ctx")) if isinstance(settings, dict) else None
-    return Facts(slots, slots * context if context else None, context=context)
+    return Facts(slots, _positive(slots * context) if context else None, context=context)
 
 
 def llamacpp_slots(body: bytes) -> Facts | None:
@@ -128,7 +133,7 @@ def sglang_info(body: bytes) -> Facts | None:
     ranks = _positive(found.get("dp_size")) or 1
     states = _objects(found.get("internal_states"))
     slots = [_positive(state.get("effective_max_running_requests_per_dp")) for state in states]
-    return Facts(ranks * slots[0] if slots and slots[0] else None, ranks * tokens)
+    return Facts(_positive(ranks * slots[0]) if slots and slots[0] else None, _positive(ranks * tokens))
 
 
 def sglang_load(body: bytes) -> Facts | None:
@@ -145,7 +150,7 @@ def sglang_loads(body: bytes) -> Facts | None:
     found = [one for one in _objects(_object(body).get("loads")) if _count(one.get("num_running_reqs")) is not None]
     if not found:
         return None
-    used = [one["token_usage"] for one in found if isinstance(one.get("token_usage"), int | float)]
+    used = [one["token_usage"] for one in found if _plausible(one.get("token_usage"))]
     kv_usage = _share(sum(used) / len(used)) if used else None
     return Facts(running=_sum(found, "num_running_reqs"), waiting=_sum(found, "num_waiting_reqs"), kv_usage=kv_usage)
 
@@ -181,21 +186,25 @@ def _of_metrics(body: bytes, running: str, waiting: str, kv_usage: str = "-") ->
     found = samples(body, f"{running}|{waiting}|{kv_usage}|process_start_time_seconds")
 
     def values(pattern: str) -> list[float]:
-        return [value for name, _, value in found if re.fullmatch(pattern, name) and math.isfinite(value)]
+        return [value for name, _, value in found if re.fullmatch(pattern, name) and _plausible(value)]
 
     if not values(running):
         return None
     used, started = values(kv_usage), values("process_start_time_seconds")
     return Facts(
-        running=int(sum(values(running))),
-        waiting=int(sum(values(waiting))),
+        running=_total(values(running)),
+        waiting=_total(values(waiting)),
         kv_usage=_share(sum(used) / len(used)) if used else None,
         started=started[0] if started else None,
     )
 
 
-def _share(value: float) -> float | None:
-    return min(max(value, 0.0), 1.0) if math.isfinite(value) else None
+def _total(found: list[float]) -> int:
+    return int(min(max(sum(found), 0), _MOST))
+
+
+def _share(value: float) -> float:
+    return min(max(value, 0.0), 1.0)
 
 
 def llamacpp_metrics(body: bytes) -> Facts | None:
@@ -206,7 +215,7 @@ def llamacpp_metrics(body: bytes) -> Facts | None:
 def vllm_metrics(body: bytes) -> Facts | None:
     """``/metrics``; the name of the KV cache's use changed in version 0.10, its size stands in labels."""
     found = _of_metrics(body, "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:(?:gpu|kv)_cache_usage_perc")
-    return found and found._replace(kv_tokens=sum(_cache_tokens(body)) or None)
+    return found and found._replace(kv_tokens=_positive(sum(_cache_tokens(body))))
 
 
 def _cache_tokens(body: bytes) -> list[int]:

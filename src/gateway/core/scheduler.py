@@ -38,6 +38,10 @@ GROWTH: Final = 0.5
 DOUBT: Final = 2.0
 """A ticket is hopeless if it would be late even if things went this many times faster than predicted."""
 
+CARE: Final = 1.5
+"""A ticket waits no longer once it would be late if it took this many times what is predicted: in an overload those before
+the others have waited longest, and all of them would be answered a moment too late."""
+
 
 class Scheduler:
     """One pool of backends, one queue in front of it, one policy."""
@@ -49,6 +53,7 @@ class Scheduler:
         self.queue = AdmissionQueue(bounds, self.accounts)
         self.feedback = Feedback(self.backends)
         self._turn = 0
+        self._displaced: list[Ticket] = []
         self._usual = 0.5  # seconds of prompt work of those that waited, on average
 
     # The pool
@@ -73,6 +78,8 @@ class Scheduler:
         if i < 0:
             i = backends.add(name, weight)
             self.feedback.forget(i)
+        if backends.weight[i] != weight:
+            backends.rates.expect(i, weight)
         backends.weight[i], backends.cost[i] = weight, cost
         backends.serve(i, models, accepting)
         backends.seat(i, slots)
@@ -113,6 +120,11 @@ class Scheduler:
                 return True
         self._admit(ticket, waits, now)
         return False
+
+    def displaced(self) -> list[Ticket]:
+        """Tickets that wait no longer, as those submitted since the last call have taken their places. Ask after a `submit`."""
+        displaced, self._displaced = self._displaced, []
+        return displaced
 
     def withdraw(self, ticket: Ticket, now: float) -> None:
         """The ticket's client has left; nothing happens if it does not wait."""
@@ -162,16 +174,14 @@ class Scheduler:
         return granted
 
     def expire(self, now: float) -> list[Ticket]:
-        """Tickets that waited until they expired or their deadline passed; they wait no longer."""
+        """Tickets that waited until they expired, or would be late from now on; they wait no longer."""
         return self.queue.expire(now)
 
     def next_wake(self, now: float) -> float | None:
         """When `expire` or `schedule` has something to do, if no event comes before; None: never."""
         if not self.queue.lines:
             return None
-        rows = zip(self.backends.drained, self.backends.floor, strict=True)
-        opening = min((drained - TAU for drained, floor in rows if floor <= TAU and drained - TAU > now), default=math.inf)
-        due = min(self.queue.due(), opening)
+        due = min(self.queue.due(), self.backends.opening(now, TAU))
         return None if due == math.inf else due
 
     # Questions
@@ -211,12 +221,16 @@ class Scheduler:
         return sorted(candidates, key=lambda candidate: (bool(candidate.why_not), candidate.cost))
 
     def snapshot(self) -> Snapshot:
-        """The numbers as they are now."""
+        """The numbers as they are now. A backend that is gone holds requests until they end."""
         backends, feedback = self.backends, self.feedback
+        inflight = dict.fromkeys(backends.place, 0)
+        for name, held in zip(backends.names, backends.inflight, strict=True):
+            if held:
+                inflight[name] = inflight.get(name, 0) + held
         return Snapshot(
             dict(zip(PRIORITIES, self.queue.depth, strict=True)),
             self.queue.bytes,
-            {name: backends.inflight[i] for name, i in backends.place.items()},
+            inflight,
             {name: int(backends.index.size[i] / feedback.units_per_token) for name, i in backends.place.items()},
             feedback.predicted,
             feedback.actual,
@@ -235,15 +249,20 @@ class Scheduler:
         """Let the ticket wait: in the order of arrival + b * work, so that short work passes long work by a bounded time, which
         is the longer the more waits."""
         backends, queue = self.backends, self.queue
-        if not queue.fits(ticket):
+        if not queue.has_place(ticket):
             raise QueueFull(self._retry_after(queue.seconds_for(len(queue))))
         may = [i for i in backends.eligible(ticket.model) if backends.names[i] not in ticket.tried]
         best = min([self._seconds(ticket, i) for i in may], default=0.0)
-        ahead = (queue.work + sum([waits[i] for i in may])) / len(may) if may else 0.0
-        self._refuse_if_hopeless(ticket, best, min(ahead, queue.seconds_for(len(queue) + 1) or 0.0), now)
+        upto = ticket.priority + 1  # it passes those of a lower priority
+        ahead = (sum(queue.work[:upto]) + sum([waits[i] for i in may])) / len(may) if may else 0.0
+        self._refuse_if_hopeless(ticket, best, min(ahead, queue.seconds_for(sum(queue.depth[:upto]) + 1) or 0.0), now)
         self._usual += 0.02 * (best - self._usual)
         ticket.seconds = best
         ticket.key = ticket.arrived + max(LEAST_B, GROWTH * ahead / max(1e-3, self._usual)) * best
+        if ticket.deadline < math.inf:
+            ticket.spare = min(CARE * self.feedback.takes(ticket), 0.5 * (ticket.deadline - now))
+        if not queue.fits(ticket):
+            self._displaced += queue.make_room(ticket)
         queue.put(ticket, now)
 
     def _refuse_if_hopeless(self, ticket: Ticket, prompt: float, wait: float, now: float) -> None:

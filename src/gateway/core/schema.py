@@ -160,7 +160,12 @@ def _error(code: str, noun: str, subject: str, param: str, what: str, found: str
 
 
 def _written(path: list[Segment]) -> str:
-    return "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in path).removeprefix(".")
+    return "".join(f"[{one}]" if isinstance(one, int) else f".{_printable(one)}" for one in path).removeprefix(".")
+
+
+def _printable(key: str) -> str:
+    """A key as it may stand in a line of text: whoever sent it may have put anything there."""
+    return key if key.isprintable() else key.encode("unicode_escape").decode("ascii")
 
 
 class _Place:

@@ -60,6 +60,11 @@ class ServiceRates:
         self.serial[i] = False
         self._settle(i)
 
+    def expect(self, i: int, weight: float) -> None:
+        """Backend ``i`` is thought to be ``weight`` times as fast as others, but for what it has shown."""
+        self._weight[i] = weight
+        self._settle(i)
+
     @property
     def known(self) -> bool:
         """Some backend has been seen to work."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from . import auth_settings, backend_settings, model_settings, prices
+from . import auth_settings, backend_settings, edge_settings, forwarded, model_settings, prices, readers
 from .backend_settings import KINDS, BackendSettings, Table
 from .model_settings import Models, ModelSettings
 from .prices import Prices
@@ -21,6 +21,7 @@ from .readers import (
     SettingsError,
     backend_urls,
     choice,
+    dns_server,
     host,
     key,
     ledger_place,
@@ -63,19 +64,68 @@ class Settings:
     """What the gateway is told. Durations are seconds, sizes bytes."""
 
     config: str | None = _row("", "GATEWAY_CONFIG", text, "TOML file with settings, named as in this table", in_file=False)
-    port: int = _row("8080", "PORT", whole_number(0, 65535), "TCP port to listen on; 0 takes a free one")
+    port: int | None = _row(
+        "8080", "PORT", edge_settings.port, "TCP port to listen on; 0 takes a free one, off leaves the UNIX socket alone"
+    )
     host: str = _row("127.0.0.1", "GATEWAY_HOST", host, "address to listen on; 0.0.0.0 or :: for all")
+    unix_socket: str | None = _row(
+        "", "GATEWAY_UNIX_SOCKET", edge_settings.unix_path, "path of a UNIX socket to listen on beside the port"
+    )
+    unix_socket_mode: int = _row("0660", "GATEWAY_UNIX_SOCKET_MODE", edge_settings.mode, "who may connect to it, in octal")
+    admin_port: int | None = _row(
+        "",
+        "GATEWAY_ADMIN_PORT",
+        edge_settings.port,
+        "TCP port that alone answers /admin, /dashboard and /metrics, and /healthz and /readyz too; 0 takes a free one",
+    )
+    admin_host: str = _row("127.0.0.1", "GATEWAY_ADMIN_HOST", readers.host, "address that the admin port is on")
+    workers: int = _row(
+        "1",
+        "GATEWAY_WORKERS",
+        whole_number(1, 256),
+        "processes that share the port; what each has for itself: docs/operations.md",
+    )
+    tls_cert: str | None = _row(
+        "",
+        "GATEWAY_TLS_CERT",
+        text,
+        "PEM file with the certificate that clients are shown, and those above it; with one, the TCP ports take TLS alone",
+    )
+    tls_key: str | None = _row("", "GATEWAY_TLS_KEY", text, "PEM file with its private key, unless that is in the same file")
+    tls_client_ca: str | None = _row(
+        "", "GATEWAY_TLS_CLIENT_CA", text, "PEM file with authorities: every client must show a certificate of one of them"
+    )
+    trusted_proxies: tuple[str, ...] | None = _row(
+        "",
+        "GATEWAY_TRUSTED_PROXIES",
+        forwarded.networks,
+        "addresses and networks of proxies that are believed who the client is, with commas between them; unix is who comes by "
+        "the UNIX socket",
+    )
+    proxy_protocol: bool = _row(
+        "false",
+        "GATEWAY_PROXY_PROTOCOL",
+        switch,
+        "each connection to the port begins with a PROXY header (version 1 or 2), and is one of the trusted proxies'",
+    )
     backend_url: tuple[str, ...] | None = _row(
         "",
         "BACKEND_URL",
         backend_urls,
-        "base URL of the model server, or several with commas between; without one, requests are echoed",
+        "base URL of the model server, or several with commas between, or where to find some (docs/discovery.md); without one, "
+        "requests are echoed",
     )
     backend_kind: Literal["auto", "llamacpp", "vllm", "sglang", "ollama", "tgi", "openai"] = _row(
         "auto",
         "GATEWAY_BACKEND_KIND",
         choice(*KINDS),
         "what the backend is: " + ", ".join(KINDS[1:]) + " (any other OpenAI-compatible server); auto asks it",
+    )
+    dns_server: tuple[str, int] | None = _row(
+        "",
+        "GATEWAY_DNS_SERVER",
+        dns_server,
+        "name server that dns+http and srv+http URLs of backends are looked up at; by default those of /etc/resolv.conf",
     )
     backend_api_key: str | None = _row(
         "", "GATEWAY_BACKEND_API_KEY", key, "key sent to each backend as a Bearer token", secret=True
@@ -276,11 +326,17 @@ class Settings:
         "while Redis is away: open, each gateway counts by itself; closed, requests that have limits are refused",
     )
     grace: float = _row("30s", "GATEWAY_GRACE", seconds(0), "time that requests in flight get to finish when the gateway stops")
+    drain_settle: float = _row(
+        "0s",
+        "GATEWAY_DRAIN_SETTLE",
+        seconds(0, 3600),
+        "time before that in which /readyz says 503 and all else goes on, so that balancers notice",
+    )
     otel: Literal["auto", "on", "off"] = _row(
         "auto",
         "GATEWAY_OTEL",
         choice("auto", "on", "off"),
-        "spans and metrics to an OpenTelemetry collector, as its own OTEL_* variables of the environment say; "
+        "spans and metrics to an OpenTelemetry collector (extra [otel]), as its own OTEL_* variables of the environment say; "
         "auto: if OTEL_EXPORTER_OTLP_ENDPOINT is set",
     )
     log_format: Literal["text", "json"] = _row(
@@ -370,7 +426,7 @@ def resolve(sources: Sequence[Source], *, partial: bool = False) -> Settings:
                 if row.name == "backend_url":
                     backends = _listed(source, name, found[row.name])
     settings = Settings(**found)
-    problem = auth_settings.problem(settings)
+    problem = auth_settings.problem(settings) or edge_settings.problem(settings)
     if problem is not None and not partial:
         raise SettingsError(problem)
     made = backend_settings.made(backends, _of_each(settings), _variables(sources))

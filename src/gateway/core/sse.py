@@ -14,7 +14,6 @@ import msgspec
 _END: Final = re.compile(rb"\n\n|\r\r|\n\r\n?|\r\n\r\n?|\r\n\n")
 _LINE: Final = re.compile(rb"\r\n|\n|\r")
 _BOM: Final = b"\xef\xbb\xbf"
-_MANY: Final = 512  # parts held of one event before they are joined: an event may trickle in byte by byte
 
 DONE: Final = b"[DONE]"
 """The data of the event that closes an OpenAI stream."""
@@ -41,44 +40,39 @@ class Decoder:
 
     def __init__(self, limit: int = 8 * 1024 * 1024) -> None:
         self._limit = limit
-        self._parts: list[bytes] = []  # of an event that has not ended; joined once it has
-        self._size = 0
+        self._held = bytearray()  # of an event that has not ended; it may trickle in byte by byte
         self._after_cr = False  # the last event ended with CR: a LF that follows belongs to it
         self._first = True
 
     @property
     def pending(self) -> bytes:
-        return b"".join(self._parts)
+        return bytes(self._held)
 
     def feed(self, data: bytes) -> list[Event]:
         """The events that ``data`` completes, in order. Raises `TooLong`."""
-        if not self._parts and _is_one_plain_event(data):
+        if not self._held and _is_one_plain_event(data):
             self._first = self._after_cr = False
             return [Event(data[6:-2], data)]
         # An end is at most four bytes long: of what is held, only the last three can be part of one.
-        held = b"".join(part[-3:] for part in self._parts[-3:])[-3:]
-        if _END.search(held + data) is None:
+        held = self._held
+        if _END.search(held[-3:] + data) is None:
             self._hold(data)
             return []
-        buffer = b"".join([*self._parts, data])
+        buffer = b"".join((held, data))
         events: list[Event] = []
-        begin, search = 0, max(self._size - 3, 0)
+        begin, search = 0, max(len(held) - 3, 0)
         while (found := _END.search(buffer, self._skip(buffer, begin, search))) is not None:
             end = found.end()
             events.append(self._event(buffer[begin:end]))
             self._after_cr = buffer[end - 1] == 0x0D
             begin = search = end
-        self._parts, self._size = [], 0
+        self._held = bytearray()
         self._hold(buffer[begin:])
         return events
 
     def _hold(self, data: bytes) -> None:
-        if data:
-            self._parts.append(data)
-            self._size += len(data)
-        if len(self._parts) > _MANY:
-            self._parts = [b"".join(self._parts)]
-        if self._size > self._limit:
+        self._held += data
+        if len(self._held) > self._limit:
             raise TooLong(f"an event of more than {self._limit} bytes")
 
     def _skip(self, buffer: bytes, begin: int, search: int) -> int:

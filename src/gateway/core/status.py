@@ -21,7 +21,7 @@ class BackendState(NamedTuple):
     """One backend as it is shown. ``since``: when it came into this state, seconds of the monotonic clock; ``models``
     None: it does not tell, so it may have any; ``slots`` and ``kv_tokens`` None: unknown; ``restarts``: how often it has
     come back as a new process, with empty caches; ``held``: requests of ours that it works on;
-    ``opened``: how often its breaker has opened."""
+    ``opened``, ``half_opened``, ``closed``: how often its breaker came into that state."""
 
     name: str
     kind: str
@@ -36,6 +36,8 @@ class BackendState(NamedTuple):
     held: int = 0
     restarts: int = 0
     opened: int = 0
+    half_opened: int = 0
+    closed: int = 0
 
 
 class Offer(NamedTuple):
@@ -72,7 +74,7 @@ NOTHING_COUNTED: Final = LimitsState(0, {})
 
 class Status(NamedTuple):
     """The whole gateway. ``scheduling``: the queue and what the backends hold; ``refused_connections``: those closed at once
-    since the start, as there were too many."""
+    since the start, as there were too many; ``unanswered``: sources of backends that have told nothing since the start."""
 
     scheduling: Snapshot
     connections: int
@@ -80,8 +82,9 @@ class Status(NamedTuple):
     draining: bool
     backends: list[BackendState]
     limits: LimitsState = NOTHING_COUNTED
+    unanswered: tuple[str, ...] = ()
 
     @property
     def ready(self) -> bool:
-        """There is a backend in order."""
-        return any(backend.state in IN_ORDER for backend in self.backends)
+        """There is a backend in order, and the sources have told of theirs."""
+        return not self.unanswered and any(backend.state in IN_ORDER for backend in self.backends)

@@ -46,8 +46,10 @@ class Ticket(msgspec.Struct, eq=False):
     key: float = 0.0  # its place among its tenant's
     matches: list[tuple[int, int]] = []
     version: int = -1  # of the prefix index that gave the matches
+    home: int = -1  # the place that every process would choose, were there nothing to tell the backends apart
     known: int = 0  # blocks of the prompt that the backend held before
     seconds: float = 0.0  # of prompt work, predicted: on its backend, or while it waits on the best one
+    spare: float = 0.0  # seconds before its deadline at which it is too late to begin
     tokens: float = 0.0  # prompt and expected output
     charged: float = 0.0  # token work on its tenant's account
     first_token_at: float | None = None
@@ -77,7 +79,7 @@ class Refused(Exception):
 
 
 class QueueFull(Refused):
-    """As many requests or bytes wait as may."""
+    """As many requests or bytes wait as may, and none of a lower priority."""
 
 
 class Hopeless(Refused):

@@ -185,13 +185,14 @@ class ResponsesMeter(UsageMeter):
             found = _decode_event(event.data)
         except UNDECODABLE:
             return False
-        type = found.type
+        type = found.type if isinstance(found.type, str) else None
         if type in _ENDS:
             self.done = True
             if found.response is not None:
                 self._reported = _usage(found.response) or self._reported
-                self.finish_reason = str(found.response.status)
-        elif isinstance(type, str) and type.endswith(".delta"):
+                status = found.response.status
+                self.finish_reason = status if isinstance(status, str) else None
+        elif type is not None and type.endswith(".delta"):
             self._token(now)
         if type in ("error", "response.failed") or (type is None and found.error is not None):
             self.failed = True

@@ -101,12 +101,16 @@ class Agent:
     before a byte of a response has come, a fresh one is tried, once: a server may close an idle connection
     just as a request is on its way (RFC 9112 section 9.3.1). A connection that breaks later was not stale:
     the server had the request, and may have died of it.
+
+    With an ``address``, that is what it connects to, whatever host a URL names; certificates are still those of the host.
     """
 
-    def __init__(self, reactor: Any, connect_timeout: float) -> None:
+    def __init__(self, reactor: Any, connect_timeout: float, address: str = "") -> None:
         self._reactor = reactor
         self._now = reactor.seconds
         self._timeout = connect_timeout
+        self._address = address
+        self._closed = False
         self._policy = BrowserLikePolicyForHTTPS()
         self._origins: dict[tuple[bytes, bytes, int], Origin] = {}
         self._targets: dict[bytes, _Target] = {}
@@ -163,7 +167,7 @@ class Agent:
 
     def _keep(self, connection: Connection) -> None:
         idle = connection.origin.idle
-        if len(idle) < MAX_IDLE_CONNECTIONS:
+        if len(idle) < MAX_IDLE_CONNECTIONS and not self._closed:
             connection.free_since = self._now()
             idle.append(connection)
             if self._reaping is None:
@@ -189,7 +193,8 @@ class Agent:
             self._reaping = self._reactor.callLater(oldest + IDLE_SECONDS - now, self._reap)
 
     def close(self) -> None:
-        """Close the connections that wait for use."""
+        """Close the connections that wait for use; those in use are closed when their responses have ended."""
+        self._closed = True
         if self._reaping is not None:
             self._reaping.cancel()
             self._reaping = None
@@ -213,7 +218,7 @@ class Agent:
 
     def _endpoint(self, uri: URI) -> IStreamClientEndpoint:
         """A literal address needs no name look-up and no happy eyeballs (0.3 s when refused)."""
-        host = uri.host.decode("ascii")
+        host = self._address or uri.host.decode("ascii")
         endpoint: IStreamClientEndpoint
         try:
             literal = TCP4ClientEndpoint if ipaddress.ip_address(host).version == 4 else TCP6ClientEndpoint

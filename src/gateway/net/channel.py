@@ -6,8 +6,10 @@ that does not read its answer is let go, and every refusal is an OpenAI error bo
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import sys
+import termios
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -20,6 +22,7 @@ from twisted.web.http_headers import Headers
 from zope.interface import implementer
 
 from ..core.errors import GatewayError
+from ..core.forwarded import UNIX
 from .reader import Bad, Limits, Message, Reader
 from .request import Request
 
@@ -60,7 +63,6 @@ class Channel(Protocol):
     """HTTP/1.1 from a client, within `Limits`. Made by `gateway.net.server.Server`."""
 
     transport: Any
-    peer: Any = None
     _request: Request | None = None
     _serving = False
     _ending = False  # nothing more is read
@@ -71,8 +73,9 @@ class Channel(Protocol):
     _stalled: IDelayedCall | None = None
     _linger_left = LINGER_BYTES
 
-    def __init__(self, site: Server) -> None:
+    def __init__(self, site: Server, peer: Any = None) -> None:
         self.site = site
+        self.peer = peer
         self._reader = Reader(site.limits, site.known)
         self._held: list[bytes] = []
 
@@ -87,7 +90,7 @@ class Channel(Protocol):
         with suppress(AttributeError):  # not all transports are sockets
             self.transport.setTcpNoDelay(True)
         self.transport.registerProducer(self, True)
-        self.peer = self.transport.getPeer()
+        self.peer = self.peer or self.transport.getPeer()  # a proxy may have said whose connection it is
         self.site.idle.start(self)
 
     def dataReceived(self, data: bytes) -> None:
@@ -249,7 +252,7 @@ class Channel(Protocol):
         """Answer with the error, then discard what the client still sends, for a while, so that it reads the answer."""
         self._ending = True
         method = bad.method.decode("ascii", "replace")
-        client = getattr(self.peer, "host", "")
+        client = getattr(self.peer, "host", UNIX)
         request_id = self.site.on_refused(Refusal(bad.error, method, client, bad.headers))
         self.transport.unregisterProducer()
         self.transport.write(_refusal(bad.error, request_id, body=bad.method != b"HEAD"))
@@ -286,11 +289,16 @@ class Channel(Protocol):
 
 
 def _acknowledged(transport: Any) -> int:
-    """Bytes that the client's machine has taken so far, as Linux counts them (tcpi_bytes_acked in struct tcp_info)."""
+    """A number that grows while the client reads: the bytes that its machine has taken so far, as Linux counts them
+    (tcpi_bytes_acked in struct tcp_info); on a UNIX socket, those that nobody has read, less than zero."""
     handle = getattr(transport, "getHandle", lambda: None)()
     if not isinstance(handle, socket.socket) or not hasattr(socket, "TCP_INFO"):
         return 0
     try:
+        if handle.family == socket.AF_UNIX:
+            unread = int.from_bytes(fcntl.ioctl(handle, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+            waiting: int = len(transport.dataBuffer) - transport.offset + transport._tempDataLen
+            return -(unread + waiting)
         told = handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
     except OSError:
         return 0

@@ -21,7 +21,8 @@ from twisted.web.iweb import UNKNOWN_LENGTH, IBodyProducer
 from .headers import Pairs, RawHeaders
 from .response import DONE, Origin, Pending, Response
 
-MAX_RESPONSE_HEADER_BYTES: Final = 64 * 1024
+MAX_FRAMING_BYTES: Final = 64 * 1024
+"""Without a byte of a body: of a head with those of interim responses, of a chunk's size, of trailers."""
 
 JOINED: Final = 64 * 1024
 """A body of up to this many bytes is joined to its head, and leaves with it; a longer one is not copied for that."""
@@ -44,7 +45,7 @@ class Connection(Protocol):
     _framed = True
     _sent = True
     _aborted = False
-    _head_bytes = 0
+    _framing_bytes = 0
     free_since = 0.0
 
     def __init__(self, origin: Origin, free: Callable[[Connection], object], lost: Callable[[Connection], object]) -> None:
@@ -61,7 +62,7 @@ class Connection(Protocol):
         self._pending = pending
         pending.connection = self
         self._complete = False
-        self._head_bytes = 0
+        self._framing_bytes = 0
         body = pending.body
         if body is None or len(body) > JOINED:
             self.transport.write(pending.head)
@@ -94,6 +95,7 @@ class Connection(Protocol):
         if self._pending is None and self._response is None:
             self.transport.abortConnection()  # nobody asked: what follows would be out of step
             return
+        self._framing_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as problem:
@@ -104,11 +106,9 @@ class Connection(Protocol):
         except httptools.HttpParserUpgrade as problem:
             self._broken(problem)
             return
-        if self._response is None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_RESPONSE_HEADER_BYTES:
-                self._broken(ValueError("response headers too large"))
-        elif self._complete or self._pending is not None:
+        if self._framing_bytes > MAX_FRAMING_BYTES and not self._complete:
+            self._broken(ValueError("headers, trailers or a chunk size too large"))
+        elif self._response is not None and (self._complete or self._pending is not None):
             self._respond(self._response)
 
     def _respond(self, response: Response) -> None:
@@ -168,6 +168,7 @@ class Connection(Protocol):
             raise _Stop
 
     def on_body(self, data: bytes) -> None:
+        self._framing_bytes = 0
         if self._take is not None:
             self._take(data)
         elif self._response is not None:
@@ -200,7 +201,7 @@ class Connection(Protocol):
         pending = self._pending
         if self._response is not None and not self._framed and reason.check(ConnectionDone):
             self._end(Failure(PotentialDataLoss()))
-        elif pending is not None and self._head_bytes == 0 and self._response is None:
+        elif pending is not None and self._framing_bytes == 0 and self._response is None:
             self._pending = None
             if pending.again is None or not pending.again(pending):
                 pending.failed(Failure(ResponseNeverReceived([reason])))

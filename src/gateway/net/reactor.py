@@ -11,11 +11,12 @@ Everything works on any other reactor too (``twistd --reactor``), only slower.
 from __future__ import annotations
 
 import select
+import socket
 import sys
 import time
 from typing import Any, Final
 
-from twisted.internet import tcp
+from twisted.internet import tcp, unix
 from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST, installReactor
 from twisted.python import log
@@ -69,6 +70,32 @@ class _Port(tcp.Port):
     transport = _Server
 
 
+class _UnixServer(_Eager, unix.Server):
+    """A client's connection over a UNIX socket."""
+
+
+class _UnixPort(unix.Port):
+    """A UNIX socket that was bound elsewhere. (Twisted's own would make it everybody's, and remove its file.)"""
+
+    transport = _UnixServer
+    _shouldShutdown = False  # other processes may listen on it too
+
+    factory: Any
+    fileno: Any
+    _preexistingSocket: Any
+
+    def startListening(self) -> None:
+        self.socket, self._preexistingSocket = self._preexistingSocket, None
+        self.fileno = self.socket.fileno
+        self.factory.doStart()
+        self.connected = True
+        self.numberAccepts = 100
+        self.startReading()
+
+    def connectionLost(self, reason: Any) -> None:
+        tcp.Port.connectionLost(self, reason)
+
+
 class _Connector(tcp.Connector):
     def _makeTransport(self) -> _Client:
         return _Client(self.host, self.port, self.bindAddress, self, self.reactor)
@@ -113,6 +140,17 @@ class Reactor(EPollReactor):
         connector = _Connector(host, port, factory, timeout, bindAddress, self)
         connector.connect()
         return connector
+
+
+def adopt(reactor: Any, bound: socket.socket, factory: Any) -> tcp.Port:
+    """Have any reactor take in connections to a socket that listens; the port has a duplicate of it."""
+    made: tcp.Port
+    if bound.family != socket.AF_UNIX:
+        made = reactor.adoptStreamPort(bound.fileno(), bound.family, factory)
+        return made
+    made = _UnixPort._fromListeningDescriptor(reactor, bound.fileno(), factory)
+    made.startListening()
+    return made
 
 
 def install() -> None:

@@ -41,6 +41,8 @@ class Request(server.Request):
     _fields: dict[bytes, bytes] | None
     _running: Deferred[None] | None = None
     _bodiless = False
+    left = 0.0
+    """When the client went away, if it did before its answer was whole; seconds of the site's clock."""
     lines: Sequence[bytes] = ()
     """Further headers of the answer, as they leave; see `Lines`."""
 
@@ -206,6 +208,7 @@ class Request(server.Request):
     def connectionLost(self, reason: Failure) -> None:
         """The client went away before its answer was whole."""
         self._disconnected = True
+        self.left = self.channel.site.clock.seconds()
         running = self._running
         self._leave()
         notifications, self.notifications = self.notifications, []

@@ -22,17 +22,26 @@ _log: Final = Logger("gateway.net")
 class Server(Site):
     """Listens for clients: makes their channels, knows how many there are, and drains them.
 
-    ``known`` answers requests of which method and path are among its keys; all others go to ``resource``.
+    ``known`` answers requests of which method and path are among its keys; all others go to ``resource``. ``admin``: it is not
+    for those who want answers of models, but for who operates the gateway.
     """
 
     noisy = False
 
     def __init__(
-        self, resource: IResource, limits: Limits, clock: IReactorTime, on_refused: OnRefused, known: Known | None = None
+        self,
+        resource: IResource,
+        limits: Limits,
+        clock: IReactorTime,
+        on_refused: OnRefused,
+        known: Known | None = None,
+        *,
+        admin: bool = False,
     ) -> None:
         super().__init__(resource, reactor=clock)
         self.limits = limits
         self.known = known or {}
+        self.admin = admin
         self.idle: Deadlines[Channel] = Deadlines(clock, limits.client_timeout, Channel.timeoutConnection)
         self.clock = clock
         self.on_refused = on_refused
@@ -61,7 +70,7 @@ class Server(Site):
             self._refuse_connection()
             return None
         self._full = False
-        channel = Channel(self)
+        channel = Channel(self, addr)
         self._channels.add(channel)
         return channel
 
@@ -78,11 +87,19 @@ class Server(Site):
             empty, self._empty = self._empty, None
             empty.callback(None)
 
+    def settle(self) -> Deferred[None]:
+        """Close each connection after its next answer; fires when none is left."""
+        self.draining = True
+        return self._emptied()
+
     def drain(self) -> Deferred[None]:
         """Close idle connections, and every other one after its answer; fires when none is left."""
         self.draining = True
         for channel in list(self._channels):
             channel.drain()
+        return self._emptied()
+
+    def _emptied(self) -> Deferred[None]:
         if not self._channels:
             return succeed(None)
         if self._empty is None:
