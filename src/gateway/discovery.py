@@ -21,7 +21,16 @@ from .core.sources import Endpoint
 PATIENCE: Final = 15.0
 """Seconds after the start within which each source has to have answered before the gateway counts as ready."""
 
+LONGEST_WAIT: Final = 30.0
+"""Seconds until a look that failed is tried again, at most."""
+
 _log: Final = Logger("gateway.discovery")
+
+
+def wait_after(failures: int, first: float, chance: float) -> float:
+    """Seconds until a source that has failed so often before looks again: twice as long each time, from ``first`` on, and up to
+    half of that less, as ``chance`` (0 to 1) says, so that gateways do not march in step."""
+    return min(first * 2.0 ** min(failures, 10), LONGEST_WAIT) * (0.5 + 0.5 * chance)
 
 
 class Source(Protocol):

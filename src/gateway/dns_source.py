@@ -21,15 +21,14 @@ from twisted.python.failure import Failure
 
 from .core.backend_settings import MAX_BACKENDS
 from .core.sources import Endpoint, SourceURL
-from .discovery import Failed, Found
+from .discovery import LONGEST_WAIT, Failed, Found, wait_after
 
 SHORTEST: Final = 1.0
 LONGEST: Final = 300.0
 """Seconds between two looks, whatever the records say."""
 
 FIRST_WAIT: Final = 1.0
-LONGEST_WAIT: Final = 30.0
-"""Seconds until a look that failed is tried again: each wait is twice as long as the one before, up to here."""
+"""Seconds until a look that failed is tried again, at first."""
 
 TIMEOUTS: Final = (1, 2, 4)
 """Seconds after which a question is put again; after the last it is given up."""
@@ -108,9 +107,8 @@ class DNSSource:
         if failure.check(Nothing, DomainError, TimeoutError, OSError) is None:
             _log.failure("a bug in the look-up of {name}", failure, name=self._url.host)
         self._failed(_why(failure.value))
-        wait = min(FIRST_WAIT * 2.0 ** min(self._failures, 10), LONGEST_WAIT)
         self._failures += 1
-        return wait * (0.5 + 0.5 * self._random())
+        return wait_after(self._failures - 1, FIRST_WAIT, self._random())
 
     def _again(self, seconds: float) -> None:
         self._looking = None

@@ -20,14 +20,12 @@ from zope.interface import implementer
 
 from .core import wire
 from .core.errors import BackendFailed
+from .net import pieces
 from .net.deadlines import Deadlines
 from .net.headers import last_of, pairs_of
 
 END_SECONDS: Final = 1.0
 """How long a backend may take to end the body after an answer's last event."""
-
-MANY_PIECES: Final = 1024
-"""Pieces of a whole answer that are held before they are joined: one of a byte or two costs twenty times its length."""
 
 Receive = Callable[[bytes], None]
 
@@ -143,9 +141,8 @@ class Exchange(protocol.Protocol):
             message = f"The backend's answer is larger than {self._limit} bytes, the limit of this gateway."
             raise BackendFailed("backend_protocol_error", message)
         self._body.append(data)
-        if len(self._body) - self._joined == MANY_PIECES:
-            self._body[self._joined :] = [b"".join(self._body[self._joined :])]
-            self._joined += 1
+        if len(self._body) - self._joined == pieces.MANY:
+            self._joined = pieces.join_last(self._body, self._joined)
 
     def _wait(self) -> Deferred[None]:
         """A Deferred for the next thing to happen, whose cancellation is a CancelledError and closes the connection."""

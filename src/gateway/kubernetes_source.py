@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError
 from .core.endpoint_slices import Slices
 from .core.readers import SettingsError
 from .core.sources import SourceURL
-from .discovery import Failed, Found
+from .discovery import Failed, Found, wait_after
 
 WATCH_SECONDS: Final = 60
 """One watch; the API server ends it, and the next one goes on."""
@@ -31,8 +31,7 @@ SPARE_SECONDS: Final = 10.0
 """A watch that has not ended by so much later has lost its server."""
 
 FIRST_WAIT: Final = 0.5
-LONGEST_WAIT: Final = 30.0
-"""Seconds until it is tried again: each wait is twice as long as the one before, up to here."""
+"""Seconds until it is tried again, at first."""
 
 INTERRUPT_SECONDS: Final = 0.1
 GONE: Final = 410
@@ -121,8 +120,7 @@ class KubernetesSource:
                 if not gone:
                     self._tell(self._failed, _why(problem))
                 if failures or not gone:
-                    wait = min(FIRST_WAIT * 2.0 ** min(failures, 10), LONGEST_WAIT)
-                    self._stopping.wait(wait * (0.5 + 0.5 * self._random()))
+                    self._stopping.wait(wait_after(failures, FIRST_WAIT, self._random()))
                 failures += 1
         self._reactor.callFromThread(self._has_ended)
 

@@ -8,12 +8,13 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from socket import socket
 from typing import Any, Final
 
 from twisted.internet.abstract import FileDescriptor
 from twisted.internet.defer import Deferred
 from twisted.internet.main import CONNECTION_DONE
-from twisted.logger import Logger
+from twisted.logger import ILogObserver, Logger
 from twisted.python.failure import Failure
 
 from .inherited import Inherited
@@ -62,17 +63,23 @@ class Lifecycle:
         write = self.observer.write if self.observer is not None else None
         return write if isinstance(write, LogFile) else None
 
+    def log_for(self, application: Any) -> None:
+        """Have twistd log as the gateway does, unless it was told to log elsewhere."""
+        if self.observer is not None:
+            application.setComponent(ILogObserver, self.observer)
+
     # --- it runs
 
     def run(
         self,
-        sockets: Callable[[], Mapping[str, int]],
+        sockets: Mapping[str, socket],
         reload: Callable[[], object],
         pass_on: Callable[[int], object] = lambda number: None,
     ) -> None:
         """The service does its work from now on: signals mean something, and those who wait for it are told.
 
-        ``sockets`` tells which listen, ``reload`` reads the settings again, ``pass_on`` tells workers of a signal too.
+        ``sockets`` are those that listen, at any time; ``reload`` reads the settings again, ``pass_on`` tells workers of a
+        signal too.
         """
         by_systemd = self.inherited.by_systemd
         handover = self._handover = Handover(

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from socket import socket
 from typing import Any, Final
 
 from msgspec.structs import replace
@@ -96,8 +97,8 @@ class Program:
         self._command += [f"--{name}={twistd[name]}" for name in _KEPT if twistd.get(name)]
         self._command += ["inference-gateway", *arguments]
 
-    def start(self, reactor: Any, child: Child, inherited: Inherited, sockets: Mapping[str, int]) -> None:
-        """Start one that gets these sockets, by the numbers that they have here. It is killed if it takes too long."""
+    def start(self, reactor: Any, child: Child, inherited: Inherited, sockets: Mapping[str, socket]) -> None:
+        """Start one that gets these sockets. It is killed if it takes too long."""
         files: dict[int, Any] = {0: 0, 1: 1, _STDERR: "r", _READY: "r"}
         if inherited.worker is None:
             files[_LATER_STDERR] = 2
@@ -106,7 +107,7 @@ class Program:
             files[_STARTER] = "w"
             inherited = replace(inherited, ready=_READY, starter=_STARTER)
         places = {name: _FIRST_SOCKET + place for place, name in enumerate(sockets)}
-        files |= {places[name]: number for name, number in sockets.items()}
+        files |= {places[name]: one.fileno() for name, one in sockets.items()}
         environ = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
         environ[VARIABLE] = replace(inherited, sockets=places).shown()
         try:
@@ -127,7 +128,7 @@ class Program:
 class Handover:
     """Starts the program anew, as it is on the disk by now, and leaves to it once it runs.
 
-    ``sockets`` tells the numbers of those that listen, ``leave`` is called when the successor runs. ``twistd``: its pidfile
+    ``sockets`` are those that listen, ``leave`` is called when the successor runs. ``twistd``: its pidfile
     is the successor's from then on.
     """
 
@@ -136,7 +137,7 @@ class Handover:
         program: Program,
         reactor: Any,
         twistd: dict[str, Any],
-        sockets: Callable[[], Mapping[str, int]],
+        sockets: Mapping[str, socket],
         notify: Notify,
         leave: Callable[[], object],
         *,
@@ -165,7 +166,7 @@ class Handover:
         _log.info("SIGUSR2: a successor is being started")
         successor = self._successor = Child("successor")
         inherited = Inherited(pidfile=self._twistd.get("pidfile") or "", by_systemd=self._by_systemd)
-        self._program.start(self._reactor, successor, inherited, self._sockets())
+        self._program.start(self._reactor, successor, inherited, self._sockets)
         successor.ready.addCallbacks(lambda _: self._go(successor), self._failed)
 
     def stop(self) -> None:

@@ -38,7 +38,7 @@ from .limiter import Limiter, LocalLimiter
 from .metrics import INFERENCE_ROUTES
 from .net.agent import BackendClient
 from .net.server import Server
-from .process import StartError, is_open
+from .process import StartError, is_open, start_errors
 
 if TYPE_CHECKING:
     from .core.jwt_tokens import Verifier
@@ -53,11 +53,9 @@ def ledger_of(settings: Settings, reactor: Any, *, spare: bool = False) -> Ledge
     in use, and then this is another one. Raises `StartError`."""
     if not settings.ledger:
         return None
-    try:
+    with start_errors():
         database = database_at(settings.ledger)
         journal = journal_at(settings.ledger, settings.ledger_journal_file, settings.ledger_journal, spare=spare)
-    except SettingsError as problem:
-        raise StartError(str(problem)) from None
 
     def tell(problem: str) -> None:
         reactor.callFromThread(_log.warn, "{problem}", problem=problem)
@@ -89,10 +87,8 @@ def in_thread(reactor: Any, call: Callable[[], Any]) -> Deferred[Any]:
 
 def edge_of(settings: Settings, server: Server, admin: Server, reactor: Any) -> Edge:
     """How clients reach the servers. Raises `StartError`."""
-    try:
+    with start_errors("GATEWAY_TLS_..."):
         return Edge(settings, server, admin, reactor, time.time, partial(in_thread, reactor))
-    except SettingsError as problem:
-        raise StartError(f"GATEWAY_TLS_...: {problem}") from None
 
 
 def telemetry_of(
@@ -133,10 +129,8 @@ def guard_of(settings: Settings, reactor: Any, client: BackendClient) -> tuple[G
         jwks = Jwks(settings.jwt_jwks_url, client, reactor, use)
         running.append(jwks)
     if settings.keys:
-        try:
+        with start_errors("GATEWAY_KEYS"):
             running.append(KeysFile(Path(settings.keys), reactor, auth.use_keys, partial(in_thread, reactor)))
-        except SettingsError as problem:
-            raise StartError(f"GATEWAY_KEYS: {problem}") from None
     return Guard(auth, time.time, jwks=jwks, metrics_open=settings.metrics_open), running
 
 
@@ -157,23 +151,17 @@ def check(settings: Settings) -> None:
         _make_verifier(settings)
     if settings.redis_url is not None:
         _redis_limiter()
-    try:
+    with start_errors("GATEWAY_TLS_..."):
         check_files(settings)
-    except SettingsError as problem:
-        raise StartError(f"GATEWAY_TLS_...: {problem}") from None
-    try:
-        if settings.keys:
+    if settings.keys:
+        with start_errors("GATEWAY_KEYS"):
             read_keys(Path(settings.keys))
-    except SettingsError as problem:
-        raise StartError(f"GATEWAY_KEYS: {problem}") from None
-    try:
+    with start_errors():
         if settings.ledger:
             database_at(settings.ledger)
         for own in settings.backends:
             if own.url.startswith("k8s+"):
                 _kubernetes(own.url)
-    except SettingsError as problem:
-        raise StartError(str(problem)) from None
 
 
 def sources_of(settings: Settings, reactor: Any) -> Make:

@@ -8,7 +8,7 @@ import os
 import resource
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +16,7 @@ from twisted.logger import Logger
 
 from . import __version__
 from .core.auth_settings import asks_for_keys
+from .core.readers import SettingsError
 from .core.settings import Settings
 from .inherited import NOTHING, Inherited, sockets_of
 from .log_file import LogFile, StandardOutput
@@ -29,6 +30,15 @@ _log: Final = Logger("gateway.service")
 
 class StartError(Exception):
     """The gateway cannot start, for a reason that is one line."""
+
+
+@contextmanager
+def start_errors(setting: str = "") -> Iterator[None]:
+    """What is wrong with the settings, found out within the block, is a `StartError` that begins with the setting."""
+    try:
+        yield
+    except SettingsError as problem:
+        raise StartError(f"{setting}: {problem}" if setting else str(problem)) from None
 
 
 Place = tuple[str, int] | Path

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
@@ -16,6 +15,7 @@ from .core.readers import SettingsError
 from .core.settings import Settings
 from .notify import Notify
 from .process import StartError
+from .watched import InThread, Reading
 
 RESULTS: Final = ("applied", "unchanged", "refused")
 SALT_BYTES: Final = 16
@@ -37,40 +37,28 @@ class Reload:
         read: Callable[[], Settings],
         apply: Callable[[Settings], None],
         notify: Notify,
-        in_thread: Callable[[Callable[[], Settings]], Deferred[Settings]],
+        in_thread: InThread,
     ) -> None:
         self.settings = settings
         self.generation = 1
-        self._read = read
         self._apply = apply
         self._notify = notify
-        self._in_thread = in_thread
+        self._reading = Reading(in_thread, read, self._use, self._refused, notify.reloading, self._done)
         self._results = dict.fromkeys(RESULTS, 0)
         self._salt = os.urandom(SALT_BYTES)
-        self._reading: Deferred[Any] | None = None
-        self._again = self._stopped = False
+        self._stopped = False
 
     def stop(self) -> None:
         """From now on nothing changes any more."""
         self._stopped = True
+        self._reading.stop()
 
     def __call__(self) -> None:
         """Read them; once more if that is under way."""
-        if self._stopped:
-            return
-        if self._reading is not None:
-            self._again = True
-            return
-        self._notify.reloading()
-        self._reading = self._in_thread(self._read)
-        self._reading.addCallback(self._use)
-        self._reading.addErrback(self._refused)
-        self._reading.addErrback(lambda failure: _log.failure("a bug in reading settings", failure))
-        self._reading.addBoth(self._done)
+        if not self._stopped:
+            self._reading()
 
     def _use(self, wanted: Settings) -> None:
-        if self._stopped:
-            return
         found = changes(picture(self.settings, self._salt), picture(wanted, self._salt))
         later = [change for change in found if not change.live]
         now = [change for change in found if change.live]
@@ -100,14 +88,9 @@ class Reload:
             generation=self.generation,
         )
 
-    def _done(self, _: object) -> None:
-        self._reading = None
-        if self._stopped:
-            return
-        self._notify.say("READY=1")
-        if self._again:
-            self._again = False
-            self()
+    def _done(self) -> None:
+        if not self._stopped:
+            self._notify.say("READY=1")
 
     def picture(self) -> dict[str, Any]:
         """The settings that hold, for whoever wants to compare others with them; secrets are fingerprints."""

@@ -19,7 +19,7 @@ from typing import Any, Final, Protocol
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, ensureDeferred, maybeDeferred
 from twisted.internet.interfaces import IListeningPort
-from twisted.logger import ILogObserver, Logger
+from twisted.logger import Logger
 from twisted.web.server import Request
 
 from .app import App, Observer
@@ -33,7 +33,6 @@ from .core.live import Live
 from .core.policy import POLICIES
 from .core.principal import NO_LIMITS
 from .core.principal import Limits as KeyLimits
-from .core.readers import SettingsError
 from .core.record import Record
 from .core.retry_budget import RetryBudget
 from .core.scheduler import Scheduler
@@ -71,6 +70,7 @@ from .process import (
     log_observer,
     remove_unix,
     stands_at,
+    start_errors,
     tell_running,
 )
 from .relay import Heartbeat, no_heartbeat
@@ -154,7 +154,6 @@ class Gateway(Service):
         self._reactor = reactor
         self._sockets = dict(sockets)
         self._lifecycle = lifecycle
-        self._observer = observer = lifecycle.observer
         self._ledger = ledger
         self._ports: dict[str, IListeningPort] = {}
         self._agent = Agent(reactor, settings.connect_timeout)
@@ -179,7 +178,8 @@ class Gateway(Service):
         self.reload = Reload(settings, partial(_checked, told), self._apply, lifecycle.notify, partial(in_thread, reactor))
         self._files = Poll(told.files(), reactor, self.reload)
         metrics.registry.register(self.reload)
-        observers: list[Observer] = [metrics, live, access_log if observer is None else observer.access(reactor)]
+        log = access_log if lifecycle.observer is None else lifecycle.observer.access(reactor)
+        observers: list[Observer] = [metrics, live, log]
         if ledger is not None:
             observers.append(ledger)
             metrics.registry.register(ledger)
@@ -192,10 +192,8 @@ class Gateway(Service):
         changed = self.telemetry.backends_changed if self.telemetry is not None else lambda: None
         self.members = Members(self._make_backend, self.pool, self.backends, self._places, self.discovery, changed)
         """Its `use` takes other backends while the gateway runs."""
-        try:
+        with start_errors():
             self.members.use(settings.backends)
-        except SettingsError as problem:
-            raise StartError(str(problem)) from None
         self.app = App(
             self._make_inference(),
             self.dispatcher,
@@ -291,8 +289,7 @@ class Gateway(Service):
     # --- start
 
     def setServiceParent(self, parent: Any) -> None:
-        if self._observer is not None:
-            parent.setComponent(ILogObserver, self._observer)
+        self._lifecycle.log_for(parent)
         super().setServiceParent(parent)
 
     def startService(self) -> None:
@@ -317,7 +314,7 @@ class Gateway(Service):
 
     def _is_running(self) -> None:
         inherited = self._lifecycle.inherited
-        self._lifecycle.run(lambda: {name: one.fileno() for name, one in self._sockets.items()}, self.reload)
+        self._lifecycle.run(self._sockets, self.reload)
         if inherited.worker is None:
             tell_running(self._settings, self._sockets)
         else:

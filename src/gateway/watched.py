@@ -54,12 +54,66 @@ class Poll(Service):
         return [_look(path) for path in self.paths]
 
 
+class Reading(Generic[Content]):
+    """Has ``read`` run beside the reactor, as it may take a while; once more if it is called while that is under way.
+
+    ``use`` is given what was read. If either raises, ``refused`` is told, which traps what it expects. ``begun`` and ``done``
+    are called before and after each time.
+    """
+
+    def __init__(
+        self,
+        in_thread: InThread,
+        read: Callable[[], Content],
+        use: Callable[[Content], object],
+        refused: Callable[[Failure], object],
+        begun: Callable[[], object] = lambda: None,
+        done: Callable[[], object] = lambda: None,
+    ) -> None:
+        self._in_thread = in_thread
+        self._read = read
+        self._use = use
+        self._refused = refused
+        self._begun = begun
+        self._done = done
+        self._running: Deferred[Any] | None = None
+        self._again = False
+
+    def __call__(self) -> None:
+        if self._running is not None:
+            self._again = True
+            return
+        self._begun()
+        self._running = self._in_thread(self._read)
+        self._running.addCallback(self._use).addErrback(self._refused)
+        self._running.addErrback(self._failed)
+        self._running.addBoth(self._ended)
+
+    def stop(self) -> None:
+        """Forget what is being read."""
+        self._again = False
+        if self._running is not None:
+            self._running.cancel()
+
+    @staticmethod
+    def _failed(failure: Failure) -> None:
+        if failure.check(CancelledError) is None:
+            _log.failure("a bug in reading files", failure)
+
+    def _ended(self, _: object) -> None:
+        self._running = None
+        self._done()
+        if self._again:
+            self._again = False
+            self()
+
+
 class Watched(Poll, Generic[Content]):
     """Tells ``use`` of what ``read`` makes of the files: at once, and after every change of one of them. If ``read`` raises
     `SettingsError`, what was before stays, and the log says so; the first time it is the caller who is told.
 
-    ``in_thread`` runs a function beside the reactor, since it may take a while. ``told`` makes of what was read what the log
-    says of it; ``what`` is a word for it, in the plural.
+    ``in_thread`` runs a function beside the reactor. ``told`` makes of what was read what the log says of it; ``what`` is a
+    word for it, in the plural.
     """
 
     def __init__(
@@ -72,45 +126,25 @@ class Watched(Poll, Generic[Content]):
         told: Callable[[Content], str],
         what: str,
     ) -> None:
-        super().__init__(paths, clock, self._read_again)
-        self._read = read
+        self._reading = Reading(in_thread, read, self._was_read, self._refused)
+        super().__init__(paths, clock, self._reading)
         self._use = use
-        self._in_thread = in_thread
         self._told = told
         self._what = what
-        self._reading: Deferred[Any] | None = None
-        self._again = False
         use(read())
 
     def stopService(self) -> None:
         super().stopService()
-        if self._reading is not None:
-            self._reading.cancel()
-
-    def _read_again(self) -> None:
-        if self._reading is not None:  # changed once more while it was being read
-            self._again = True
-            return
-        self._reading = self._in_thread(self._read)
-        self._reading.addCallbacks(self._was_read, self._failed)
-        self._reading.addErrback(lambda failure: _log.failure("a bug in reading files", failure))
-        self._reading.addBoth(self._done)
-
-    def _done(self, _: object) -> None:
-        self._reading = None
-        if self._again and self.running:
-            self._again = False
-            self._read_again()
+        self._reading.stop()
 
     def _was_read(self, content: Content) -> None:
         self._use(content)
         _log.info("{path}: read again, {what}", path=", ".join(map(str, self.paths)), what=self._told(content))
 
-    def _failed(self, failure: Failure) -> None:
+    def _refused(self, failure: Failure) -> None:
         """Said once: the next look is only at a change."""
-        if failure.check(CancelledError) is None:
-            failure.trap(SettingsError)
-            _log.error("{problem}; the {what} of before stay", problem=failure.getErrorMessage(), what=self._what)
+        failure.trap(SettingsError)
+        _log.error("{problem}; the {what} of before stay", problem=failure.getErrorMessage(), what=self._what)
 
 
 def _look(path: Path) -> tuple[int, ...] | None:

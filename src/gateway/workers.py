@@ -13,8 +13,7 @@ from typing import Any, Final
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred, DeferredList, ensureDeferred, succeed
 from twisted.internet.interfaces import IDelayedCall
-from twisted.logger import ILogObserver, Logger
-from twisted.python.failure import Failure
+from twisted.logger import Logger
 
 from .core.settings import Settings
 from .inherited import Inherited
@@ -49,8 +48,7 @@ class Workers(Service):
         self._places = [_Place(self, lifecycle.program, number, count, reactor) for number in range(count)]
 
     def setServiceParent(self, parent: Any) -> None:
-        if self.lifecycle.observer is not None:
-            parent.setComponent(ILogObserver, self.lifecycle.observer)
+        self.lifecycle.log_for(parent)
         super().setServiceParent(parent)
 
     def startService(self) -> None:
@@ -61,19 +59,18 @@ class Workers(Service):
         for place in self._places:
             place.start()
 
-    def sockets_for(self, number: int) -> dict[str, int]:
+    def sockets_for(self, number: int) -> dict[str, socket.socket]:
         """What a worker listens on: all of them, but of the ports for operators its own."""
-        own = {name: one.fileno() for name, one in self._sockets.items() if not name.startswith("admin")}
+        own = {name: one for name, one in self._sockets.items() if not name.startswith("admin")}
         admin = self._sockets.get(f"admin/{number}" if number else "admin")
-        return own if admin is None else {**own, "admin": admin.fileno()}
+        return own if admin is None else {**own, "admin": admin}
 
     def came_up(self) -> None:
         """One more runs. Only when all do is it said: who reads it may send requests, and signals."""
         if self._begun or not all(place.runs for place in self._places):
             return
         self._begun = True
-        numbers = {name: one.fileno() for name, one in self._sockets.items()}
-        self.lifecycle.run(lambda: numbers, lambda: self._pass_on(signal.SIGHUP), self._pass_on)
+        self.lifecycle.run(self._sockets, lambda: self._pass_on(signal.SIGHUP), self._pass_on)
         tell_running(self._settings, self._sockets, f"{len(self._places)} workers")
 
     def gave_up(self) -> None:
@@ -141,15 +138,12 @@ class _Place:
         self._started = self._reactor.seconds()
         child = self._child = Child(self._called)
         self._program.start(self._reactor, child, self._inherited, self._workers.sockets_for(self._inherited.worker or 0))
-        child.ready.addCallbacks(self._ready, self._failed)
+        child.ready.addCallbacks(self._ready, lambda failure: failure.trap(NotStarted))  # `_ended` is told of that too
         child.ended.addCallback(self._ended)
 
     def _ready(self, _: None) -> None:
         self.runs = True
         self._workers.came_up()
-
-    def _failed(self, failure: Failure) -> None:
-        failure.trap(NotStarted)  # `_ended` is told too
 
     def _ended(self, how: str) -> str:
         self._child, self.runs = None, False

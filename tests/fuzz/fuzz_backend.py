@@ -13,11 +13,10 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Protocol
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
-from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from .harness import pieces, run
+from .logged import no_failures
 
 
 def connection() -> tuple[Any, Callable[[], Any]]:
@@ -61,19 +60,8 @@ class Wire(StringTransport):
 
 
 def one(data: bytes) -> None:
-    failures: list[LogEvent] = []
-
-    @implementer(ILogObserver)
-    def observe(event: LogEvent) -> None:
-        if "log_failure" in event:
-            failures.append(event)
-
-    globalLogPublisher.addObserver(observe)
-    try:
+    with no_failures():
         talk(data)
-    finally:
-        globalLogPublisher.removeObserver(observe)
-    assert not failures, [event["log_failure"].getTraceback() for event in failures]
 
 
 def talk(data: bytes) -> None:

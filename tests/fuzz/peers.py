@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Final
 
 import msgspec
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.internet.testing import MemoryReactorClock, StringTransport
-from twisted.logger import ILogObserver, LogEvent, globalLogPublisher
 from twisted.python.failure import Failure
-from zope.interface import implementer
 
 from gateway.core import error_forms
 from gateway.core.errors import GatewayError
@@ -22,6 +18,7 @@ from gateway.core.reports import LOOKS, SIGNS, Parse, kind_of, window_of
 from gateway.probe import retry_after
 from gateway.redis_limiter import RedisLimiter
 
+from .logged import no_failures
 from .seams import Seam, packed
 
 PARSERS: Final[tuple[Parse, ...]] = tuple(
@@ -116,7 +113,7 @@ class _Server:
 def redis(data: bytes) -> None:
     """Whatever Redis answers to a request, the request is let in or refused in words, in time; nothing fails in silence, and
     all timers end with the limiter."""
-    with _no_failures():
+    with no_failures():
         clock = MemoryReactorClock()
         server = _Server(clock)
         limiter = RedisLimiter(
@@ -143,23 +140,6 @@ def redis(data: bytes) -> None:
         server.lose_closed()
         assert not server.connections
         assert not clock.getDelayedCalls()
-
-
-@contextmanager
-def _no_failures() -> Iterator[None]:
-    failures: list[LogEvent] = []
-
-    @implementer(ILogObserver)
-    def observe(event: LogEvent) -> None:
-        if "log_failure" in event:
-            failures.append(event)
-
-    globalLogPublisher.addObserver(observe)
-    try:
-        yield
-    finally:
-        globalLogPublisher.removeObserver(observe)
-    assert not failures, [event["log_failure"].getTraceback() for event in failures]
 
 
 _METRICS: Final = (

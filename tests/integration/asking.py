@@ -5,8 +5,9 @@ from __future__ import annotations
 import http.client
 import json
 import re
+import socket
 import threading
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 from .backends import Connection, Script, completion, event
@@ -104,3 +105,12 @@ def streams(*words: str, usage: bytes = b"") -> Script:
         connection.chunk(b"")
 
     return script
+
+
+def rest(client: socket.socket) -> bytes:
+    """All that comes until the gateway closes; a reset is an end, too."""
+    found = b""
+    with suppress(ConnectionError):
+        while data := client.recv(65536):
+            found += data
+    return found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,6 +21,7 @@ from gateway.core.errors import GatewayError
 
 from ..core.test_jwt_tokens import GOOD, jwk, pem, private
 from ..test_cost import calls
+from .asking import rest
 from .keys import HELLO, add, ask, id_of
 from .processes import Running, wait_for
 
@@ -44,21 +44,13 @@ class Target(NamedTuple):
         with self.gateway.connect() as client:
             with suppress(ConnectionError):  # refused before it was all sent
                 client.sendall(b"\r\n".join(lines) + b"\r\n\r\n" + (BODY if method == b"POST" else b""))
-            answer = _all(client)
+            answer = rest(client)
         head, _, body = answer.partition(b"\r\n\r\n")
         return int(head.split(b" ")[1]), body
 
     def bearer(self, token: bytes | str) -> tuple[int, bytes]:
         sent = token.encode() if isinstance(token, str) else token
         return self.raw(b"Authorization: Bearer " + sent)
-
-
-def _all(client: socket.socket) -> bytes:
-    answer = b""
-    with suppress(ConnectionError):
-        while data := client.recv(65536):
-            answer += data
-    return answer
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
-from .asking import HELLO, STREAM, Request, ask, metric, until
+from .asking import HELLO, STREAM, Request, ask, metric, rest, until
 from .backends import Connection, ScriptedBackend, event
 from .counting import everything_is_given_back, grown, open_descriptors, resident, rows_of
 from .faulty import answers_well
@@ -44,15 +44,6 @@ def script(connection: Connection, request: Request) -> None:
 def reset(client: socket.socket) -> None:
     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
     client.close()
-
-
-def rest(client: socket.socket) -> bytes:
-    """All that comes until the gateway closes; a reset is an end, too."""
-    found = b""
-    with suppress(ConnectionError):
-        while data := client.recv(65536):
-            found += data
-    return found
 
 
 def status(answer: bytes) -> str:

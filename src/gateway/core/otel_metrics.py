@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 from . import otel_names as names
 from .histogram import Histogram
 from .record import Record
-from .spans import Attributes, Place
+from .spans import Attributes, Place, at, given
 
 MAX_SERIES: Final = 2000
 """Sets of attributes that are counted by themselves; those beyond are counted as one."""
@@ -118,17 +118,15 @@ class GenAIMetrics:
         return [Seen(name, *_TEXTS[name], points) for name, points in found.items() if points]
 
     def _attributes(self, key: Key) -> Attributes:
-        place = self._backends.get(key.backend)
-        found: dict[str, str | int | None] = {
-            names.OPERATION: key.operation,
-            names.PROVIDER: key.provider or None,
-            names.REQUEST_MODEL: key.model or None,
-            names.SERVER_ADDRESS: place.host if place else None,
-            names.SERVER_PORT: place.port if place else None,
-            names.BACKEND: key.backend or None,
-            names.ERROR_TYPE: key.code or None,
-        }
-        return {name: value for name, value in found.items() if value is not None}
+        return given(
+            {
+                names.OPERATION: key.operation,
+                names.PROVIDER: key.provider or None,
+                names.REQUEST_MODEL: key.model or None,
+                **at(key.backend, self._backends),
+                names.ERROR_TYPE: key.code or None,
+            }
+        )
 
 
 _TEXTS: Final = {

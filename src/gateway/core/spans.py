@@ -99,7 +99,7 @@ class Spans:
             int(trace.parent_id or "0", 16),
             _ns(record.started + offset),
             _ns(record.ended + offset),
-            _given(
+            given(
                 {
                     names.METHOD: method,
                     names.METHOD_AS_SENT: None if known else record.method,
@@ -129,13 +129,13 @@ class Spans:
             trace.first,
             _ns((record.tries[0].asked if record.tries else record.started) + offset),
             _ns(record.ended + offset),
-            _given(
+            given(
                 {
                     names.OPERATION: operation,
                     names.PROVIDER: provider or None,
                     names.REQUEST_MODEL: model or None,
                     **_asked_and_answered(record, trace),
-                    **self._at(record.backend),
+                    **at(record.backend, self._backends),
                     names.ATTEMPTS: record.attempts or None,
                     names.DECISION: record.decision or None,
                     names.ERROR_TYPE: record.code or None,
@@ -164,13 +164,13 @@ class Spans:
             *ids,
             _ns(attempt.sent + offset),
             _ns(ended + offset),
-            _given(
+            given(
                 {
                     names.METHOD: "POST",
                     names.STATUS_CODE: (record.status or None) if attempt is winner else None,
                     names.RESEND_COUNT: number or None,
                     names.URL_FULL: f"{place.url}{record.route}" if place and place.url else None,
-                    **self._at(attempt.backend),
+                    **at(attempt.backend, self._backends),
                     names.HEDGE_LOST: lost or None,
                     names.ERROR_TYPE: code or None,
                 }
@@ -178,13 +178,15 @@ class Spans:
             failed=bool(code),
         )
 
-    def _at(self, backend: str) -> dict[str, Value | None]:
-        place = self._backends.get(backend)
-        return {
-            names.SERVER_ADDRESS: place.host if place else None,
-            names.SERVER_PORT: place.port if place else None,
-            names.BACKEND: backend or None,
-        }
+
+def at(backend: str, backends: Mapping[str, Place]) -> dict[str, Value | None]:
+    """A backend's name, and where it is."""
+    place = backends.get(backend)
+    return {
+        names.SERVER_ADDRESS: place.host if place else None,
+        names.SERVER_PORT: place.port if place else None,
+        names.BACKEND: backend or None,
+    }
 
 
 def _asked_and_answered(record: Record, trace: Trace) -> dict[str, Value | None]:
@@ -217,7 +219,8 @@ def _clean(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _given(values: Mapping[str, Value | None]) -> Attributes:
+def given(values: Mapping[str, Value | None]) -> Attributes:
+    """Those that there are."""
     return {name: value for name, value in values.items() if value is not None}
 
 

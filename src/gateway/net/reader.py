@@ -16,6 +16,7 @@ import httptools
 import msgspec
 
 from ..core.errors import GatewayError
+from . import pieces
 from .headers import Pairs, RawHeaders
 
 _TARGET: Final = re.compile(rb"[!-\"$-~]+")  # RFC 9112 section 3.2: visible ASCII, no fragment
@@ -28,9 +29,6 @@ _NOT_HTTP: Final = frozenset(
 
 CHUNK_FRAMING: Final = 64
 """Bytes that a chunk may need beside its data."""
-
-MANY_PIECES: Final = 1024
-"""Pieces of a body that are held before they are joined: one of a byte or two costs twenty times its length."""
 
 _VERSIONS: Final = {"1.1": b"HTTP/1.1", "1.0": b"HTTP/1.0"}
 _SINGLE: Final = (b"host", b"content-length", b"transfer-encoding", b"expect")
@@ -134,7 +132,7 @@ class Reader:
     @property
     def _pieces(self) -> int:
         """That the body has come in so far."""
-        return len(self._body) + self._joined * (MANY_PIECES - 1)
+        return len(self._body) + self._joined * (pieces.MANY - 1)
 
     def _unparsable(self) -> GatewayError:
         if self._unread > self._limits.max_header_bytes and not self.in_body:
@@ -252,9 +250,8 @@ class Reader:
         if self.body_bytes > self._limits.max_body:
             self._stop(too_large(self._limits))
         self._body.append(data)
-        if len(self._body) - self._joined == MANY_PIECES:
-            self._body[self._joined :] = [b"".join(self._body[self._joined :])]
-            self._joined += 1
+        if len(self._body) - self._joined == pieces.MANY:
+            self._joined = pieces.join_last(self._body, self._joined)
 
     def on_message_complete(self) -> None:
         message = self._message
