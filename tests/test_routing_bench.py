@@ -93,12 +93,11 @@ def test_ours_is_at_least_as_fast_as_cache_aware_and_that_as_round_robin(workloa
 
 
 def test_gateways_that_share_no_memory_find_more_in_the_caches_if_prompts_have_homes() -> None:
-    rules = [Replicas(count, agree=agree) for count, agree in ((1, False), (1, True), (3, False), (3, True))]
-    one, alike, apart, agreed = (Simulation(make("tenants", "70b", 8, 0.7, 5, 300.0), "70b", 8, rule).run() for rule in rules)
+    rules = [Replicas(3, agree=agree) for agree in (False, True)]
+    apart, agreed = (Simulation(make("tenants", "70b", 8, 0.7, 5, 300.0), "70b", 8, rule).run() for rule in rules)
     assert agreed.hit > apart.hit + 0.05
     assert agreed.mean < 0.85 * apart.mean
     assert agreed.imbalance < 1.1 * apart.imbalance
-    assert one.hit - alike.hit < 0.01 > alike.mean - one.mean
 
 
 def test_the_scheduler_is_told_no_more_than_a_gateway_sees() -> None:

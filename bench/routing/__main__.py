@@ -88,11 +88,15 @@ def robust(seed: int) -> None:
         verdict(ours, others)
 
 
+ROWS: Final = ((1, True), (2, False), (2, True), (3, False), (3, True))
+"""How many gateways there are, and whether prompts have homes: one gateway alone gives them none."""
+
+
 def replicas(seed: int) -> None:
     """One gateway and several that share no memory, with and without homes for prompts."""
     for workload, load in (("tenants", 0.7), ("tools", 0.7), ("conversation", 0.65)):
         head(f"{workload}, 8 backends, load {load}", make(workload, "70b", 8, load, seed))
-        for rule in [Replicas(count, agree=agree) for count in (1, 2, 3) for agree in (False, True)]:
+        for rule in [Replicas(count, agree=agree) for count, agree in ROWS]:
             run(make(workload, "70b", 8, load, seed), "70b", 8, rule, seed)
         if workload != "tenants":
             run(make(workload, "70b", 8, load, seed), "70b", 8, Replicas(3, sessions=True), seed)

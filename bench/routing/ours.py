@@ -15,13 +15,16 @@ from .simulation import View
 
 
 class Ours:
-    """``known``: the backends say how many slots and KV tokens they have. ``streams``: first tokens are seen."""
+    """``known``: the backends say how many slots and KV tokens they have. ``streams``: first tokens are seen.
+    ``shared``: other gateways send prompts to them too."""
 
-    def __init__(self, policy: str = "expected-completion", *, known: bool = True, streams: bool = True) -> None:
+    def __init__(
+        self, policy: str = "expected-completion", *, known: bool = True, streams: bool = True, shared: bool = False
+    ) -> None:
         self.name = f"ours: {policy}"
         self._known = known
         self._streams = streams
-        self.scheduler = Scheduler(POLICIES[policy](), Bounds(requests=1_000_000))
+        self.scheduler = Scheduler(POLICIES[policy](), Bounds(requests=1_000_000), shared=shared)
         self._tickets: dict[int, Ticket] = {}
         self._held: dict[Ticket, Request] = {}
         self._granted = 0

@@ -22,7 +22,7 @@ class Replicas:
     def __init__(self, count: int, *, agree: bool = True, sessions: bool = False) -> None:
         gateways = "1 gateway" if count == 1 else f"{count} gateways"
         self.name = gateways + ("" if agree else ", no homes") + (", sessions kept" if sessions else "")
-        self.gateways = [Ours() for _ in range(count)]
+        self.gateways = [Ours(shared=count > 1) for _ in range(count)]
         self._agree = agree
         self._sessions = sessions
         self._of: dict[int, Ours] = {}

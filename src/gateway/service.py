@@ -163,7 +163,9 @@ class Gateway(Service):
         self.pool = Pool([], settings, reactor)
         self.discovery = Discovery(sources_of(settings, reactor), reactor.seconds)
         scheduler = Scheduler(
-            POLICIES[settings.policy](), Bounds(settings.queue_requests, settings.queue_bytes, settings.priority_aging)
+            POLICIES[settings.policy](),
+            Bounds(settings.queue_requests, settings.queue_bytes, settings.priority_aging),
+            shared=settings.workers > 1 or settings.redis_url is not None,
         )
         self.limiter = limiter_of(settings, reactor)
         self.limiting = Limiting(self.limiter, reactor.seconds, _default_limits(settings), settings.prices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from random import Random
 
 import pytest
@@ -27,8 +28,8 @@ class Gateways:
     """``count`` of them, before the same backends, which read 8,000 tokens a second, and have whatever they were sent in their
     caches."""
 
-    def __init__(self, policy: str, names: str = NAMES, count: int = 3) -> None:
-        self.schedulers = [Scheduler(POLICIES[policy]()) for _ in range(count)]
+    def __init__(self, policy: str, names: Iterable[str] = NAMES, count: int = 3, *, shared: bool = True) -> None:
+        self.schedulers = [Scheduler(POLICIES[policy](), shared=shared) for _ in range(count)]
         self.running: Counter[str | None] = Counter()
         self.now = 0.0
         self.prompt_tokens = self.cached_tokens = 0
@@ -211,3 +212,21 @@ def test_a_ticket_that_waits_behind_the_prompts_of_others_is_woken() -> None:
     assert wake is not None
     assert now < wake < now + 10
     assert scheduler.schedule(wake) == [ticket]
+
+
+@BY_PREFIX
+def test_a_gateway_alone_spreads_prompts_more_evenly_than_their_hashes_do(policy: str) -> None:
+    for pair in range(20):
+        gateway = Gateways(policy, (f"http://{pair}.one:8000", f"http://{pair}.two:8000"), 1, shared=False)
+        spread = Counter(gateway.serve(0, system_prompt(number)) for number in range(6))
+        assert list(spread.values()) == [3, 3]
+
+
+def test_prompts_have_homes_once_the_backends_tell_of_others_requests() -> None:
+    gateway = Gateways("expected-completion", "ab", 1, shared=False)
+    assert gateway.send(0, system_prompt(1))[0].decision == "least-load"
+    for _ in range(4):
+        gateway.now += 2.0
+        gateway.running.update("ab")
+        gateway.report()
+    assert gateway.send(0, system_prompt(2))[0].decision == "home"

@@ -29,7 +29,9 @@ _EVERY: Final = 8  # arrivals
 class Backends:
     """Backends by place. A place that is free again is given to the next backend."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, shared: bool = False) -> None:
+        self.shared = shared
+        """Other gateways or workers place prompts on them too."""
         self.names: list[str] = []
         self.place: dict[str, int] = {}
         self.models: list[frozenset[str] | None] = []

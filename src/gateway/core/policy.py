@@ -20,6 +20,10 @@ loads: Mirrokni, Thorup and Zadimoghaddam, SODA 2018)."""
 SESSIONS: Final = 65536
 """Sessions whose last backend is remembered."""
 
+ALONE: Final = 0.1
+"""Nobody else places prompts, as far as is known, if less than this part of all requests is others', as backends report: a
+report that is late by some requests looks like others'."""
+
 ELSEWHERE: Final = 0.1
 """The part of what no cache is known to hold of a prompt that its home is thought to have at least, from requests that other
 gateways sent; else half their part of all requests."""
@@ -213,7 +217,9 @@ def loads(backends: Backends) -> list[float]:
 def home_of(ticket: Ticket, known: int, backends: Backends) -> int:
     """The backend that every process would choose for a prompt whose first ``known`` blocks are all that it has seen, by what
     comes after them, or else by the session: of those with the model, the first in its order within bounded loads. -1:
-    there is none."""
+    there is none, or nobody else who would choose it: one process alone spreads prompts more evenly than their hashes do."""
+    if not backends.shared and backends.foreign < ALONE:
+        return -1
     tails, key = ticket.prompt.tails, ticket.session
     if known < len(tails):
         key = tails[known]

@@ -44,11 +44,12 @@ the others have waited longest, and all of them would be answered a moment too l
 
 
 class Scheduler:
-    """One pool of backends, one queue in front of it, one policy."""
+    """One pool of backends, one queue in front of it, one policy. ``shared``: other schedulers send prompts to the same pool,
+    and are to choose the same backend for one that neither knows."""
 
-    def __init__(self, policy: Policy, bounds: Bounds = BOUNDS) -> None:
+    def __init__(self, policy: Policy, bounds: Bounds = BOUNDS, *, shared: bool = False) -> None:
         self.policy = policy
-        self.backends = Backends()
+        self.backends = Backends(shared=shared)
         self.accounts = Accounts()
         self.queue = AdmissionQueue(bounds, self.accounts)
         self.feedback = Feedback(self.backends)
