@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 
 import pytest
 from twisted.internet.task import Clock
 
 from gateway.inherited import NOTHING, VARIABLE, Inherited, _places, inherit
+from gateway.notify import PULSE, Pulse
 
 
 def test_what_is_handed_over_is_taken_from_the_environment() -> None:
@@ -25,6 +27,27 @@ def test_a_worker_whose_parent_is_gone_goes_on_to_see_it() -> None:
     read, write = os.pipe()
     os.close(read)
     Inherited(ready=write).tell_ready()
+    with pytest.raises(OSError, match="Bad file"):
+        os.close(write)
+
+
+def test_a_worker_keeps_the_pipe_for_its_signs_of_life() -> None:
+    read, write = os.pipe()
+    Inherited(ready=write, worker=0).tell_ready()
+    clock = Clock()
+    pulse = Pulse(write, clock)
+    pulse.startService()
+    clock.advance(PULSE)
+    assert os.read(read, 99) == b"READY=1\n.."
+    os.set_blocking(write, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write, b"x" * 4096)
+    clock.advance(PULSE)  # nobody reads: it goes on
+    os.close(read)
+    clock.advance(PULSE)
+    pulse.stopService()
+    assert not clock.getDelayedCalls()
     with pytest.raises(OSError, match="Bad file"):
         os.close(write)
 

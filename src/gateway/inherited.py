@@ -25,9 +25,10 @@ _READY: Final = b"READY=1\n"
 class Inherited(msgspec.Struct, frozen=True, omit_defaults=True):
     """The numbers of open files, and what else this process is told.
 
-    ``by_systemd``: units say where the sockets are, and not the settings. ``ready``: `tell_ready` writes there. ``starter``:
-    at its end of file whoever started this process is gone. ``stderr``: takes the place of standard error once this process
-    runs. ``worker`` is which of ``workers`` this one is; ``pidfile`` is to name this process once it runs.
+    ``by_systemd``: units say where the sockets are, and not the settings. ``ready``: `tell_ready` writes there, and a worker
+    that it is alive. ``starter``: at its end of file whoever started this process is gone. ``stderr``: takes the place of
+    standard error once this process runs. ``worker`` is which of ``workers`` this one is; ``pidfile`` is to name this process
+    once it runs.
     """
 
     sockets: dict[str, int] = {}
@@ -53,7 +54,8 @@ class Inherited(msgspec.Struct, frozen=True, omit_defaults=True):
         if self.ready is not None:
             with suppress(BrokenPipeError):  # whoever that was is gone; a worker sees that in another way too
                 os.write(self.ready, _READY)
-            os.close(self.ready)
+            if self.worker is None:
+                os.close(self.ready)
         if self.stderr is not None:
             os.dup2(self.stderr, 2)
             os.close(self.stderr)

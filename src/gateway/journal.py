@@ -27,7 +27,11 @@ class Journal:
         self._limit = limit
         self._lock = Lock()
         self._files = [os.open(f"{path}.{number}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640) for number in (0, 1)]
-        fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(self._files[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.close()
+            raise
         self._sizes = [os.fstat(file).st_size for file in self._files]
         self._sync_directory(path.absolute().parent)
         for file in self._files:

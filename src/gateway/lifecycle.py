@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import os
 import signal
 import sys
@@ -20,7 +21,7 @@ from twisted.python.failure import Failure
 from .inherited import Inherited
 from .log_file import LogFile
 from .logs import LineObserver
-from .notify import Notify
+from .notify import Notify, Pulse
 from .offspring import Handover, Program
 
 HANDOVER_SETTLE: Final = 5.0
@@ -56,6 +57,8 @@ class Lifecycle:
         self._twistd = twistd
         self._stopping = False
         self._handover: Handover | None = None
+        alive = inherited.ready if inherited.worker is not None else None
+        self._pulse = None if alive is None else Pulse(alive, reactor)
         self._starter = None if inherited.starter is None else _EndOfFile(inherited.starter, self._orphaned, reactor)
 
     @property
@@ -102,6 +105,9 @@ class Lifecycle:
         self._write_pidfile()
         self.inherited.tell_ready()
         self.notify.startService()
+        if self._pulse is not None:
+            self._pulse.startService()
+            faulthandler.enable(2)  # a parent that finds it silent sends SIGABRT: where it hangs is in the log then
         if self._starter is not None:
             self._starter.startReading()
 
@@ -173,6 +179,8 @@ class Lifecycle:
     def closed(self) -> None:
         """The last thing, but for the last line of the log."""
         self.notify.stopService()
+        if self._pulse is not None and self._pulse.running:
+            self._pulse.stopService()
         if self.observer is not None:
             self.observer.close()
 

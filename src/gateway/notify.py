@@ -1,4 +1,4 @@
-"""Tells systemd how the service stands, as sd_notify(3) says; where there is no systemd, nobody."""
+"""Tells who watches the process how it stands: systemd, as sd_notify(3) says, and a worker its parent."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import os
 import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from twisted.application.service import Service
-from twisted.internet.interfaces import IDelayedCall
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
+
+PULSE: Final = 1.0
+"""Seconds from one sign of life of a worker to the next."""
 
 _log: Final = Logger("gateway.notify")
 
@@ -55,3 +59,29 @@ class Notify(Service):
         if self._interval > 0:
             self.say("WATCHDOG=1")
             self._timer = self._clock.callLater(self._interval, self._alive)
+
+
+class Pulse(Service):
+    """Writes a byte to a pipe as long as the reactor turns; the pipe is closed at the end."""
+
+    def __init__(self, pipe: int, clock: IReactorTime) -> None:
+        os.set_blocking(pipe, False)
+        self._pipe = pipe
+        self._clock = clock
+        self._timer: IDelayedCall | None = None
+
+    def startService(self) -> None:
+        super().startService()
+        self._beat()
+
+    def stopService(self) -> None:
+        super().stopService()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        os.close(self._pipe)
+
+    def _beat(self) -> None:
+        with suppress(BlockingIOError, BrokenPipeError):  # nobody reads it: the parent hangs, or is gone
+            os.write(self._pipe, b".")
+        self._timer = self._clock.callLater(PULSE, self._beat)

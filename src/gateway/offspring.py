@@ -37,10 +37,12 @@ class NotStarted(Exception):
 class Child(ProcessProtocol):
     """A gateway's process that this one has started; ``called`` is what log lines call it.
 
-    ``ready`` fires when it runs, and fails with `NotStarted` if it ends before; ``ended`` fires with how it ended.
+    ``ready`` fires when it runs, and fails with `NotStarted` if it ends before; ``ended`` fires with how it ended. ``heard``:
+    it has given a sign of life since this was last set to False.
     """
 
     transport: Any = None
+    heard = False
 
     def __init__(self, called: str) -> None:
         self.ready: Deferred[None] = Deferred()
@@ -58,8 +60,10 @@ class Child(ProcessProtocol):
             self.transport.signalProcess(number)
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: N803 - twisted's own name
-        if childFD == _READY and not self.ready.called:
-            self.ready.callback(None)
+        if childFD == _READY:
+            self.heard = True
+            if not self.ready.called:
+                self.ready.callback(None)
         elif childFD == _STDERR:
             *lines, rest = (self._partial + data).split(b"\n")
             self._partial = rest[-MAX_LINE:]

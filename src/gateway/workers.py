@@ -27,6 +27,12 @@ BACKOFF: Final = (0.5, 30.0)
 STEADY: Final = 60.0
 """After a worker that ran so long the waits begin anew."""
 
+LOOKS: Final = 5
+"""A worker is ended that has given no sign of life at so many looks in a row."""
+
+TRACEBACK_SECONDS: Final = 2.0
+"""What a worker that hangs gets to say where."""
+
 PATIENCE: Final = 15.0
 """Seconds over the time a worker may take to stop until it is killed."""
 
@@ -44,8 +50,7 @@ class Workers(Service):
         self._sockets = dict(sockets)
         self._reactor = reactor
         self._stopping = self._begun = False
-        count = settings.workers
-        self._places = [_Place(self, lifecycle.program, number, count, reactor) for number in range(count)]
+        self._places = [_Place(self, lifecycle.program, number, settings, reactor) for number in range(settings.workers)]
 
     def setServiceParent(self, parent: Any) -> None:
         self.lifecycle.log_for(parent)
@@ -121,16 +126,18 @@ class Workers(Service):
 class _Place:
     """One worker, and whoever comes after it."""
 
-    def __init__(self, workers: Workers, program: Program, number: int, count: int, reactor: Any) -> None:
+    def __init__(self, workers: Workers, program: Program, number: int, settings: Settings, reactor: Any) -> None:
         self._workers = workers
         self._program = program
-        self._inherited = Inherited(worker=number, workers=count)
+        self._inherited = Inherited(worker=number, workers=settings.workers)
+        self._timeout = settings.worker_timeout
         self._reactor = reactor
-        self._called = f"worker {number + 1} of {count}"
+        self._called = f"worker {number + 1} of {settings.workers}"
         self._child: Child | None = None
         self._again: IDelayedCall | None = None
         self._backoff = BACKOFF[0]
         self._started = 0.0
+        self._silent = 0
         self.runs = False
 
     def start(self) -> None:
@@ -143,7 +150,23 @@ class _Place:
 
     def _ready(self, _: None) -> None:
         self.runs = True
+        self._silent = 0
+        if self._timeout and self._child is not None:
+            self._reactor.callLater(self._timeout / LOOKS, self._look, self._child)
         self._workers.came_up()
+
+    def _look(self, child: Child) -> None:
+        """Is it alive? Looks are counted, and not the time: the whole machine may have stood still."""
+        if child is not self._child:
+            return
+        self._silent = 0 if child.heard else self._silent + 1
+        child.heard = False
+        if self._silent < LOOKS:
+            self._reactor.callLater(self._timeout / LOOKS, self._look, child)
+            return
+        _log.error("{called} has hung for {seconds:g} s, and is ended", called=self._called, seconds=self._timeout)
+        child.send(signal.SIGABRT)
+        self._reactor.callLater(TRACEBACK_SECONDS, child.send, signal.SIGKILL)
 
     def _ended(self, how: str) -> str:
         self._child, self.runs = None, False

@@ -295,6 +295,24 @@ def test_a_worker_that_dies_is_started_again_and_the_others_go_on(two: Running) 
     assert len(children(two.process.pid)) == 2
 
 
+def test_a_worker_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
+    with Running(tmp_path, "--workers", "2", GATEWAY_WORKER_TIMEOUT="5s") as gateway:
+        first, second = children(gateway.process.pid)
+        os.kill(first, signal.SIGSTOP)
+        wait_for(lambda: "worker 1 of 2 has hung for 5 s, and is ended" in gateway.lines())
+        wait_for(lambda: gateway.lines().count("worker 1 of 2 runs") == 2)
+        assert "worker 1 of 2 ended with signal 9, and is started again" in gateway.lines()
+        assert second in children(gateway.process.pid)
+        assert gateway.lines().count("has hung") == 1
+
+
+def test_a_worker_that_is_ended_says_where_it_was(two: Running) -> None:
+    os.kill(children(two.process.pid)[0], signal.SIGABRT)
+    wait_for(lambda: "worker 1 of 2 ended with signal 6" in two.lines())
+    assert "worker 1 of 2: Fatal Python error: Aborted" in two.lines()
+    assert " in doPoll" in two.lines()
+
+
 def test_workers_go_with_their_parent(two: Running) -> None:
     workers = children(two.process.pid)
     two.process.kill()

@@ -106,13 +106,13 @@ def number(low: float, high: float) -> Reader:
     return read
 
 
-def seconds(low: float, high: float = 86400.0) -> Reader:
-    """Seconds, or a number with ms, s, m, h or d."""
-    expected = f"a duration from {low:g} s to {high:.15g} s, such as 30, 500ms or 2m"
+def seconds(low: float, high: float = 86400.0, *, or_never: bool = False) -> Reader:
+    """Seconds, or a number with ms, s, m, h or d; ``or_never``: 0 is one too."""
+    expected = f"a duration from {low:g} s to {high:.15g} s, such as 30, 500ms or 2m" + (", or 0" if or_never else "")
 
     def read(value: Any) -> float:
         found = _quantity(value, {"": 1, "ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}, expected)
-        if not low <= found <= high:
+        if not low <= found <= high and not (or_never and found == 0):
             raise ValueError(expected)
         return found
 

@@ -85,6 +85,12 @@ class Settings:
         whole_number(1, 256),
         "processes that share the port; what each has for itself: docs/operations.md",
     )
+    worker_timeout: float = _row(
+        "30s",
+        "GATEWAY_WORKER_TIMEOUT",
+        seconds(5, or_never=True),
+        "a worker that hangs for so long is ended and started again; 0 lets it hang",
+    )
     tls_cert: str | None = _row(
         "",
         "GATEWAY_TLS_CERT",
