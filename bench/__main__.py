@@ -30,6 +30,7 @@ SCENARIOS = {
     "requests": scenarios.requests,
     "streams": scenarios.streams,
     "latency": scenarios.latency,
+    "workers": scenarios.workers,
     "memory": scenarios.memory,
 }
 QUICK = {

@@ -43,7 +43,6 @@ VARIANTS = {
     "gateway+keys": Variant(options=("--keys", "keys.toml"), files={"keys.toml": _KEY}),
     "gateway+limits": Variant(options=("--keys", "keys.toml"), files={"keys.toml": _KEY + _LIMITS}),
     "gateway+ledger": Variant(_LEDGER),
-    "gateway+workers": Variant(options=("--workers", "2")),
     "gateway+otel": Variant(_OTEL),
     "gateway+all": Variant(_LEDGER | _OTEL, ("--keys", "keys.toml"), {"keys.toml": _KEY + _LIMITS}),
 }

@@ -59,6 +59,11 @@ TABLES = (
         ),
     ),
     Table(
+        "workers",
+        "Workers",
+        (REQUEST, Column("of it the busiest worker's", "busiest", ".0%"), Column("requests/s", "rate", ".0f"), *TIMES, RSS),
+    ),
+    Table(
         "held streams",
         "Memory of streams that are held",
         (

@@ -1,4 +1,4 @@
-"""What is measured: requests, streams, added latency, memory."""
+"""What is measured: requests, streams, added latency, workers, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from bench.load import Spec
 from bench.measure import MOST_EVENTS, STREAM_INTERVAL, LoadProcess, Result, backend, load, median, proxy_before
-from bench.processes import BenchFailed, Cores, rss_kib
+from bench.processes import BenchFailed, Cores, cpu_seconds, rss_kib
 from bench.proxies import GATEWAY, ROUTERS, Proxy, Running
 
 DIRECT = "no proxy"
@@ -18,6 +18,8 @@ FAILED = "failed"
 """The case of a proxy that could not be measured."""
 TYPICAL = (32, 1)
 """Connections, KiB of prompt: the load by which a router's throughput is judged."""
+CONNECTIONS = 64
+"""To several workers."""
 SETTLE = 2.0
 """Seconds between the last event and a look at memory."""
 
@@ -147,6 +149,30 @@ def _half_loads(plan: Plan) -> list[float]:
     slowest = min((rate for name, rate in halves.items() if name in ROUTERS), default=0.0)
     gateway = halves.get(GATEWAY, min(halves.values()))
     return [gateway, slowest] if gateway < slowest else [slowest or gateway]
+
+
+def workers(plan: Plan) -> Iterator[Result]:
+    """CPU per request of one worker and of several, on all cores that there are, which load and backend use too: what does not
+    grow with the workers is what makes them worth a core each."""
+    gateway = next((proxy for proxy in plan.proxies if proxy.name == GATEWAY), None)
+    if gateway is None:
+        return
+    everywhere = replace(plan.cores, proxy=plan.cores.proxy | plan.cores.others)
+    count = 1
+    while count <= max(2, len(everywhere.proxy)):
+        note(f"workers: {count}")
+        with proxy_before(_with_workers(gateway, count), "fixed", everywhere, plan.files) as there:
+            before = [cpu_seconds([pid]) for pid in there.pids]
+            spec = plan.spec("closed", there.port, connections=CONNECTIONS, prompt=TYPICAL[1] * 1024)
+            windows, errors = load(spec, there.pids)
+            used = [cpu_seconds([pid]) - first for pid, first in zip(there.pids, before, strict=True)]
+        figures = {**median(windows), "busiest": max(used) / sum(used)}
+        yield Result("workers", f"{count}", GATEWAY, figures, errors, windows, {"workers": count})
+        count *= 2
+
+
+def _with_workers(gateway: Proxy, count: int) -> Proxy:
+    return replace(gateway, command=lambda place: [*gateway.command(place), "--workers", str(count)])
 
 
 def memory(plan: Plan) -> Iterator[Result]:

@@ -27,8 +27,8 @@ class Inherited(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ``by_systemd``: units say where the sockets are, and not the settings. ``ready``: `tell_ready` writes there, and a worker
     that it is alive. ``starter``: at its end of file whoever started this process is gone. ``stderr``: takes the place of
-    standard error once this process runs. ``worker`` is which of ``workers`` this one is; ``pidfile`` is to name this process
-    once it runs.
+    standard error once this process runs. ``worker`` is which of ``workers`` this one is, and in ``shares`` each of them says
+    how many connections it has; ``pidfile`` is to name this process once it runs.
     """
 
     sockets: dict[str, int] = {}
@@ -38,6 +38,7 @@ class Inherited(msgspec.Struct, frozen=True, omit_defaults=True):
     stderr: int | None = None
     worker: int | None = None
     workers: int = 1
+    shares: int | None = None
     pidfile: str = ""
 
     @property

@@ -112,6 +112,10 @@ class Program:
             inherited = replace(inherited, ready=_READY, starter=_STARTER)
         places = {name: _FIRST_SOCKET + place for place, name in enumerate(sockets)}
         files |= {places[name]: one.fileno() for name, one in sockets.items()}
+        if inherited.shares is not None:
+            place = _FIRST_SOCKET + len(sockets)
+            files[place] = inherited.shares
+            inherited = replace(inherited, shares=place)
         environ = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
         environ[VARIABLE] = replace(inherited, sockets=places).shown()
         try:

@@ -47,7 +47,7 @@ from .echo import EchoBackend
 from .exchange import Timeouts
 from .hedge import Hedge
 from .inference import Inference
-from .inherited import inherit
+from .inherited import Inherited, inherit
 from .ledger import Ledger
 from .lifecycle import HANDOVER_SETTLE, Lifecycle
 from .limiter import Limiting
@@ -59,6 +59,7 @@ from .net.agent import Agent, BackendClient
 from .net.channel import Limits
 from .net.reactor import adopt
 from .net.server import Server
+from .net.shares import Shares
 from .parts import check, edge_of, guard_of, in_thread, ledger_of, limiter_of, sources_of, telemetry_of
 from .pool import Pool
 from .process import (
@@ -130,6 +131,12 @@ def _checked(told: Told) -> Settings:
     settings = told.read()
     check(settings)
     return settings
+
+
+def _shares_of(inherited: Inherited) -> Shares | None:
+    if inherited.shares is None or inherited.worker is None:
+        return None
+    return Shares(inherited.shares, inherited.workers, inherited.worker)
 
 
 def _default_limits(settings: Settings) -> KeyLimits:
@@ -216,6 +223,7 @@ class Gateway(Service):
         resource, known = self.app.resource(), self.app.known()
         self.server = Server(resource, limits, reactor, self.app.refused, known)
         self._admin_server = Server(resource, limits, reactor, self.app.refused, known, admin=True)
+        self.server.shares = _shares_of(lifecycle.inherited)
         self._edge = edge_of(settings, self.server, self._admin_server, reactor)
         metrics.registry.register(self._edge)
 
@@ -297,7 +305,10 @@ class Gateway(Service):
     def startService(self) -> None:
         super().startService()
         for name, bound in self._sockets.items():
-            self._ports[name] = adopt(self._reactor, bound, self._edge.factories[name])
+            shares = self.server.shares if name != "admin" else None
+            self._ports[name] = adopt(self._reactor, bound, self._edge.factories[name], shares)
+        if self.server.shares is not None:
+            self.server.shares.tell(0)
         self.pool.startService()
         self.discovery.startService()
         for watching in self._watching:
@@ -420,6 +431,8 @@ class Gateway(Service):
 
     async def _close(self, *names: str) -> None:
         """Listen there no longer. The file of a UNIX socket is left to a successor, and to the parent of a worker."""
+        if self.server.shares is not None and "http" in names:
+            self.server.shares.leave()
         alone = not self._lifecycle.handed_over and self._lifecycle.inherited.worker is None
         for name in names:
             port = self._ports.pop(name, None)

@@ -5,6 +5,7 @@ Each worker is a whole gateway. What they share is what the sockets and the sett
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from twisted.logger import Logger
 from .core.settings import Settings
 from .inherited import Inherited
 from .lifecycle import HANDOVER_SETTLE, Lifecycle
+from .net.shares import Shares, shared_file
 from .offspring import Child, NotStarted, Program
 from .process import remove_unix, tell_running
 
@@ -50,7 +52,10 @@ class Workers(Service):
         self._sockets = dict(sockets)
         self._reactor = reactor
         self._stopping = self._begun = False
-        self._places = [_Place(self, lifecycle.program, number, settings, reactor) for number in range(settings.workers)]
+        self._shares = shared_file(settings.workers)
+        self._places = [
+            _Place(self, lifecycle.program, number, settings, self._shares, reactor) for number in range(settings.workers)
+        ]
 
     def setServiceParent(self, parent: Any) -> None:
         self.lifecycle.log_for(parent)
@@ -118,6 +123,7 @@ class Workers(Service):
             if name == "unix" and not lifecycle.handed_over:
                 remove_unix(one)
             one.close()
+        os.close(self._shares)
         super().stopService()
         lifecycle.closed()
         _log.info("stopped, and all workers with it")
@@ -126,10 +132,11 @@ class Workers(Service):
 class _Place:
     """One worker, and whoever comes after it."""
 
-    def __init__(self, workers: Workers, program: Program, number: int, settings: Settings, reactor: Any) -> None:
+    def __init__(self, workers: Workers, program: Program, number: int, settings: Settings, shares: int, reactor: Any) -> None:
         self._workers = workers
         self._program = program
-        self._inherited = Inherited(worker=number, workers=settings.workers)
+        self._inherited = Inherited(worker=number, workers=settings.workers, shares=shares)
+        self._share = Shares(shares, settings.workers, number)
         self._timeout = settings.worker_timeout
         self._reactor = reactor
         self._called = f"worker {number + 1} of {settings.workers}"
@@ -170,6 +177,7 @@ class _Place:
 
     def _ended(self, how: str) -> str:
         self._child, self.runs = None, False
+        self._share.leave()
         if not self._workers.restarts:
             self._workers.gave_up()
         else:

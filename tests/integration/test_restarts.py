@@ -15,7 +15,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -293,6 +293,37 @@ def test_a_worker_that_dies_is_started_again_and_the_others_go_on(two: Running) 
     wait_for(lambda: two.lines().count("worker 1 of 2 runs") == 2)
     assert second in children(two.process.pid)
     assert len(children(two.process.pid)) == 2
+
+
+def connections_of(pid: int) -> int:
+    """Sockets that a process has open."""
+    return sum(str(file.readlink()).startswith("socket:") for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink())
+
+
+def test_connections_are_shared_evenly_and_one_that_hangs_holds_none_up(two: Running) -> None:
+    pids = children(two.process.pid)
+    before = [connections_of(pid) for pid in pids]
+
+    def held() -> list[int]:
+        return [connections_of(pid) - first for pid, first in zip(pids, before, strict=True)]
+
+    with ExitStack() as stack:
+
+        def connect() -> None:
+            stack.enter_context(socket.create_connection(("127.0.0.1", two.port), PATIENCE))
+
+        for slow, other in ((0, 1), (1, 0)):  # whichever of them would be the quicker one
+            os.kill(pids[slow], signal.SIGSTOP)
+            there = held()[other]
+            for _ in range(60):
+                connect()
+            wait_for(lambda there=there, other=other: held()[other] == there + 60)
+            os.kill(pids[slow], signal.SIGCONT)
+            there = held()[other]
+            while held()[slow] < there - 20:
+                assert held()[other] < there + 20, held()  # on a machine that is busy the slow one is late now and then
+                connect()
+                time.sleep(0.01)
 
 
 def test_a_worker_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:

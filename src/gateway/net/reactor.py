@@ -21,7 +21,12 @@ from twisted.internet.epollreactor import EPollReactor
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST, installReactor
 from twisted.python import log
 
+from .shares import LEAVE_SECONDS, Shares
+
 READ_SIZE: Final = 64 * 1024
+
+AT_ONCE: Final = 4
+"""Connections that one of several workers takes before it looks whether it has more than others."""
 
 
 class _Eager(tcp.Connection):
@@ -66,7 +71,33 @@ class _Client(_Eager, tcp.Client):
     """A connection to a backend."""
 
 
-class _Port(tcp.Port):
+class _Sharing(tcp.Port):
+    """A port that several workers listen on, if it has ``shares``."""
+
+    shares: Shares | None = None
+    reactor: Any
+
+    def doRead(self) -> None:
+        if self.shares is None:
+            super().doRead()
+        elif self.shares.is_ahead():
+            self.stopReading()
+            self.reactor.callLater(LEAVE_SECONDS, self._take_left)
+        else:
+            self._take()
+
+    def _take(self) -> None:
+        self.numberAccepts = AT_ONCE
+        super().doRead()
+
+    def _take_left(self) -> None:
+        """What nobody has taken meanwhile, if anything."""
+        if self.connected:
+            self._take()
+            self.startReading()
+
+
+class _Port(_Sharing):
     transport = _Server
 
 
@@ -74,7 +105,7 @@ class _UnixServer(_Eager, unix.Server):
     """A client's connection over a UNIX socket."""
 
 
-class _UnixPort(unix.Port):
+class _UnixPort(_Sharing, unix.Port):
     """A UNIX socket that was bound elsewhere. (Twisted's own would make it everybody's, and remove its file.)"""
 
     transport = _UnixServer
@@ -142,14 +173,17 @@ class Reactor(EPollReactor):
         return connector
 
 
-def adopt(reactor: Any, bound: socket.socket, factory: Any) -> tcp.Port:
-    """Have any reactor take in connections to a socket that listens; the port has a duplicate of it."""
+def adopt(reactor: Any, bound: socket.socket, factory: Any, shares: Shares | None = None) -> tcp.Port:
+    """Have any reactor take in connections to a socket that listens; the port has a duplicate of it. Those of `Reactor` heed
+    the ``shares`` of workers that listen on it too."""
     made: tcp.Port
     if bound.family != socket.AF_UNIX:
         made = reactor.adoptStreamPort(bound.fileno(), bound.family, factory)
-        return made
-    made = _UnixPort._fromListeningDescriptor(reactor, bound.fileno(), factory)
-    made.startListening()
+    else:
+        made = _UnixPort._fromListeningDescriptor(reactor, bound.fileno(), factory)
+        made.startListening()
+    if isinstance(made, _Sharing):
+        made.shares = shares
     return made
 
 

@@ -15,6 +15,7 @@ from twisted.web.server import Site
 from .channel import Channel, Limits, OnRefused
 from .deadlines import Deadlines
 from .reader import Known
+from .shares import Shares
 
 _log: Final = Logger("gateway.net")
 
@@ -46,6 +47,8 @@ class Server(Site):
         self.clock = clock
         self.on_refused = on_refused
         self.draining = False
+        self.shares: Shares | None = None
+        """Is told how many connections there are."""
         self.refused_connections = 0
         self._full = False
         self._date = (0, b"")
@@ -72,6 +75,8 @@ class Server(Site):
         self._full = False
         channel = Channel(self, addr)
         self._channels.add(channel)
+        if self.shares is not None:
+            self.shares.tell(len(self._channels))
         return channel
 
     def _refuse_connection(self) -> None:
@@ -83,6 +88,8 @@ class Server(Site):
     def closed(self, channel: Channel) -> None:
         """A channel's connection is gone."""
         self._channels.discard(channel)
+        if self.shares is not None and not self.draining:
+            self.shares.tell(len(self._channels))
         if not self._channels and self._empty is not None:
             empty, self._empty = self._empty, None
             empty.callback(None)
