@@ -15,6 +15,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
+from gateway.answering import Answering
 from gateway.app import App
 from gateway.backend import Backend, HTTPBackend
 from gateway.calls import Calls
@@ -159,13 +160,12 @@ class Gateway:
         self.pool.watch_states(self.dashboard.changed)
         observers = (self.metrics, live, self.records.append)
         self.app = App(
+            Answering(observers, self.clock.seconds, guard=guard),
             inference,
             self.dispatcher,
             self.status,
             self.metrics,
-            observers,
             self.clock.seconds,
-            guard=guard,
             models=models,
             dashboard=self.dashboard,
         )

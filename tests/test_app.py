@@ -249,7 +249,7 @@ def test_an_observer_with_a_bug_does_not_keep_the_others_from_seeing(echo: Gatew
     def buggy(record: Record) -> None:
         raise ZeroDivisionError
 
-    echo.app._observers = (buggy, *echo.app._observers)
+    echo.app.answering._observers = (buggy, *echo.app.answering._observers)
     assert now_of(echo.post()).code == 200
     assert len(echo.records) == 1
     assert [type(failure) for failure in logged.flush()] == [ZeroDivisionError]

@@ -305,7 +305,7 @@ def test_an_answer_that_takes_too_long_in_total_is_a_504(gateway: Gateway) -> No
 
 def test_a_cancelled_request_ends_in_the_same_turn(gateway: Gateway) -> None:
     gateway.post()
-    assert gateway.app.cut() == 1
+    assert gateway.app.answering.cut() == 1
     assert gateway.agent.cancelled == 1
     assert gateway.status().scheduling.inflight == {"b": 0}
     assert not gateway.clock.getDelayedCalls()
@@ -313,7 +313,7 @@ def test_a_cancelled_request_ends_in_the_same_turn(gateway: Gateway) -> None:
 
 def test_a_request_that_the_gateway_ends_is_told_so_and_not_that_its_backend_failed(gateway: Gateway) -> None:
     response = gateway.post()
-    gateway.app.cut()
+    gateway.app.answering.cut()
     answer = gateway.done(response)
     assert (answer.code, error_of(gateway, answer)["code"]) == (503, "draining")
 
@@ -467,7 +467,7 @@ def test_when_the_gateway_stops_a_stream_is_told(gateway: Gateway) -> None:
     response = gateway.post(STREAM)
     reply = gateway.agent.answer(FakeResponse(content_type=SSE))
     reply.data(chunk("a"))
-    gateway.app.cut()
+    gateway.app.answering.cut()
     ends_with_error(body_of(gateway, gateway.done(response)), "draining")
     assert reply.transport.closed
 

@@ -115,7 +115,7 @@ def test_the_page_is_for_everybody_and_the_numbers_are_for_admins() -> None:
     table = '[[keys]]\nid = "{0}"\ntenant = "t"\nhash = "{1}"\nadmin = {2}\n'
     keys = "".join(table.format(id, digest(id.encode()).hex(), admin) for id, admin in (("boss", "true"), ("user", "false")))
     auth.use_keys(parse_keys("keys.toml", keys))
-    gateway.app.guard = Guard(auth, lambda: 0.0)
+    gateway.app.answering.guard = Guard(auth, lambda: 0.0)
     assert now_of(gateway.get("/dashboard")).code == 200
     for path in ("/dashboard/state", "/dashboard/events"):
         assert now_of(gateway.get(path)).code == 401
@@ -252,7 +252,7 @@ def test_a_drain_is_told_and_ends_every_stream() -> None:
         assert [one["draining"] for one in viewer.pictures] == [False, True]
         now_of(viewer.ended)
     assert not gateway.clock.getDelayedCalls()
-    now_of(gateway.app.finished())
+    now_of(gateway.app.answering.finished())
     with pytest.raises(GatewayError, match="shutting down"):
         now_of(watching(gateway, FakeRequest()))
 

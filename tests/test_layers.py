@@ -59,6 +59,7 @@ LOW_TO_HIGH = [
     "log_file",
     "logs",
     "dashboard",
+    "answering",
     "app",
     "journal",
     "database",

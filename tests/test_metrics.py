@@ -178,7 +178,7 @@ def test_an_attempt_that_nobody_waits_for_says_so() -> None:
     gateway = Gateway()
     response = gateway.post(STREAM)
     gateway.clock.advance(2.0)
-    gateway.app.cut()
+    gateway.app.answering.cut()
     assert gateway.done(response).code == 503
     (attempt,) = gateway.records[0].tries
     assert (attempt.ended - attempt.sent, attempt.code) == (2.0, "cancelled")

@@ -22,7 +22,8 @@ from twisted.internet.interfaces import IListeningPort
 from twisted.logger import Logger
 from twisted.web.server import Request
 
-from .app import App, Observer
+from .answering import Answering, Observer
+from .app import App
 from .backend import Backend, HTTPBackend
 from .calls import Calls
 from .core.auth_settings import asks_for_keys
@@ -203,26 +204,30 @@ class Gateway(Service):
         """Its `use` takes other backends while the gateway runs."""
         with start_errors():
             self.members.use(settings.backends)
+        answering = Answering(
+            observers,
+            reactor.seconds,
+            split=settings.admin_port is not None,
+            proxies=Proxies(settings.trusted_proxies) if settings.trusted_proxies else None,
+            guard=guard,
+            tracing=tracing,
+        )
         self.app = App(
+            answering,
             self._make_inference(),
             self.dispatcher,
             self.status,
             metrics,
-            observers,
             reactor.seconds,
             dashboard=self._dashboard,
             admin=self._has_admin(),
-            proxies=Proxies(settings.trusted_proxies) if settings.trusted_proxies else None,
-            split=settings.admin_port is not None,
-            guard=guard,
             models=settings.models,
-            tracing=tracing,
             settings=self.reload.picture,
         )
         limits = Limits(settings.max_body, settings.max_connections, settings.client_timeout, settings.idle_timeout)
         resource, known = self.app.resource(), self.app.known()
-        self.server = Server(resource, limits, reactor, self.app.refused, known)
-        self._admin_server = Server(resource, limits, reactor, self.app.refused, known, admin=True)
+        self.server = Server(resource, limits, reactor, answering.refused, known)
+        self._admin_server = Server(resource, limits, reactor, answering.refused, known, admin=True)
         self.server.shares = _shares_of(lifecycle.inherited)
         self._edge = edge_of(settings, self.server, self._admin_server, reactor)
         metrics.registry.register(self._edge)
@@ -343,7 +348,7 @@ class Gateway(Service):
         self._settings = settings
         if guarded is not None:
             self._watch(guarded[1])
-            self.app.guard = guarded[0]
+            self.app.answering.guard = guarded[0]
         self.limiting.use(_default_limits(settings), settings.prices)
         if self._ledger is not None:
             self._ledger.prices = settings.prices
@@ -376,8 +381,8 @@ class Gateway(Service):
         self._dashboard.stop()
         self.server.drain()
         _log.info("stopping: requests in flight get {grace:g} s", grace=grace)
-        await self._first_of(grace, self.app.finished(), hurry)
-        left = self.app.cut()
+        await self._first_of(grace, self.app.answering.finished(), hurry)
+        left = self.app.answering.cut()
         if left:
             _log.warn("ended {left} requests that were still in flight", left=left)
         await self._close("http", "unix")

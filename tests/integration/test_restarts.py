@@ -16,6 +16,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -317,11 +318,10 @@ def test_connections_are_shared_evenly_and_one_that_hangs_holds_none_up(two: Run
             there = held()[other]
             for _ in range(60):
                 connect()
-            wait_for(lambda there=there, other=other: held()[other] == there + 60)
+            wait_for(partial(lambda place, count: held()[place] == count, other, there + 60))
             os.kill(pids[slow], signal.SIGCONT)
-            there = held()[other]
-            while held()[slow] < there - 20:
-                assert held()[other] < there + 20, held()  # on a machine that is busy the slow one is late now and then
+            while held()[slow] < there + 40:
+                assert held()[other] < there + 80, held()  # on a machine that is busy the slow one is late now and then
                 connect()
                 time.sleep(0.01)
 
