@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -192,6 +193,19 @@ def test_strictness_reaches_all_the_way_down(more: Any, param: str) -> None:
     CHAT.schema.read(json.dumps({**LEAST[CHAT], **more}).encode())
     error = refusal(CHAT, {**LEAST[CHAT], **more}, strict=True)
     assert (error.code, error.param) == ("unknown_parameter", param)
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=ENDPOINTS)
+@pytest.mark.parametrize("last", ["1", '"x"', "null", "[]", "{}", "[[]]", '[{"a": 1}]'])
+def test_a_field_that_stands_twice_is_refused_for_either(endpoint: Endpoint, last: str) -> None:
+    """The decoder complains of the first, and what is found again at its place is the last."""
+    for name in endpoint.schema.type.__struct_fields__:
+        for first in ("1", '"x"', "[]", "{}", "-5", "1e400", '["", 2]', '[{"role": 3}]'):
+            least = json.dumps(LEAST[endpoint])[:-1]
+            body = f'{least}, "{name}": {first}, "{name}": {last}}}'.encode()
+            for schema in (endpoint.schema, endpoint.schema.strict):
+                with suppress(GatewayError):
+                    schema.read(body)
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS.values(), ids=ENDPOINTS)

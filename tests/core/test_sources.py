@@ -18,6 +18,7 @@ from gateway.core.sources import Endpoint, members, read_url
         ("dns+http://Models.Example:8000/v1", ("dns", "http", "models.example", "8000", "", "models.example")),
         ("dns+https://models.example.", ("dns", "https", "models.example", "443", "", "models.example")),
         ("srv+http://_http._tcp.my.example/a/v1/", ("srv", "http", "_http._tcp.my.example", "", "/a", "my.example")),
+        ("dns+http://a:8000/v1/v1", ("dns", "http", "a", "8000", "/v1", "a")),
         ("k8s+http://vllm.default:http", ("k8s", "http", "vllm.default", "http", "", "vllm.default.svc")),
         ("k8s+https://vllm.default:8443", ("k8s", "https", "vllm.default", "8443", "", "vllm.default.svc")),
     ],

@@ -7,7 +7,7 @@ what msgspec does not: which key of an object, what would be right, what was fou
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from functools import cache, cached_property
 from types import UnionType
 from typing import Annotated, Any, Final, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -181,8 +181,8 @@ class _Place:
         value = self._value
         if value is msgspec.UNSET:
             return ""
-        if length:
-            return f", got {len(value)}"
+        if length:  # of a name that stands twice, the other one may be looked at
+            return f", got {len(value)}" if isinstance(value, Sized) else ""
         shown = repr(value) if isinstance(value, str) else str(msgspec.json.encode(value), "utf-8")
         return f", got {shown if len(shown) <= MAX_SHOWN else shown[: MAX_SHOWN - 3] + '...'}"
 

@@ -88,7 +88,8 @@ def _is_port(port: str) -> bool:
 def written(url: SourceURL) -> str:
     """As it stands in the settings."""
     port = f":{url.port}" if url.port and not (url.kind == "dns" and url.port == str(PORTS[url.scheme])) else ""
-    return f"{url.kind}+{url.scheme}://{url.host}{port}{url.path}"
+    path = f"{url.path}/v1" if url.path.endswith("/v1") else url.path  # one of them is taken away when it is read again
+    return f"{url.kind}+{url.scheme}://{url.host}{port}{path}"
 
 
 def members(row: BackendSettings, found: Iterable[Endpoint]) -> list[BackendSettings]:
