@@ -19,13 +19,16 @@ MAX_BYTES: Final = 8192
 
 
 def run(target: Callable[[bytes], None], seeds: Iterable[bytes]) -> None:
-    """Fuzz for a while; further arguments are libFuzzer's own. An exception ends the run, and writes the bytes to a file."""
+    """Fuzz for a while; further arguments are libFuzzer's own. An exception ends the run, and writes the bytes to a file; files
+    that are named are tried, and nothing else."""
     logging.disable()
     with tempfile.TemporaryDirectory() as directory:
         for number, seed in enumerate(seeds):
             Path(directory, f"{number:04}").write_bytes(seed[:MAX_BYTES])
         limits = [f"-max_total_time={SECONDS}", f"-max_len={MAX_BYTES}", "-timeout=10", "-print_final_stats=1"]
-        atheris.Setup([sys.argv[0], *limits, *sys.argv[1:], directory], target)
+        # libFuzzer takes files to try, or directories to fuzz with, and not both.
+        corpus = [] if any(Path(given).is_file() for given in sys.argv[1:]) else [directory]
+        atheris.Setup([sys.argv[0], *limits, *sys.argv[1:], *corpus], target)
         atheris.Fuzz()
 
 
