@@ -162,13 +162,23 @@ def workers(plan: Plan) -> Iterator[Result]:
     while count <= max(2, len(everywhere.proxy)):
         note(f"workers: {count}")
         with proxy_before(_with_workers(gateway, count), "fixed", everywhere, plan.files) as there:
-            before = [cpu_seconds([pid]) for pid in there.pids]
+            before = _idle(there.pids)
             spec = plan.spec("closed", there.port, connections=CONNECTIONS, prompt=TYPICAL[1] * 1024)
             windows, errors = load(spec, there.pids)
             used = [cpu_seconds([pid]) - first for pid, first in zip(there.pids, before, strict=True)]
         figures = {**median(windows), "busiest": max(used) / sum(used)}
         yield Result("workers", f"{count}", GATEWAY, figures, errors, windows, {"workers": count})
         count *= 2
+
+
+def _idle(pids: Sequence[int]) -> list[float]:
+    """What each has used, once none of them is starting any more: the first that answers would get all connections."""
+    used = [cpu_seconds([pid]) for pid in pids]
+    while True:
+        time.sleep(1.0)
+        before, used = used, [cpu_seconds([pid]) for pid in pids]
+        if sum(used) - sum(before) < 0.1:
+            return used
 
 
 def _with_workers(gateway: Proxy, count: int) -> Proxy:

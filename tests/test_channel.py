@@ -82,7 +82,7 @@ def test_a_body_of_tiny_chunks_takes_little_more_memory_than_its_length() -> Non
     reader.feed(b"0\r\n\r\n")
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    message = reader.ready.popleft()
+    message = reader.ready.pop(0)
     assert isinstance(message, Message)
     assert message.body == b"ab" * 100_000
     assert most < 3 * len(message.body)

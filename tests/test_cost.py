@@ -10,6 +10,7 @@ import gc
 import json
 import socket
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from types import FrameType, SimpleNamespace
 from typing import Any, cast
@@ -165,6 +166,28 @@ def test_the_cost_does_not_grow_with_the_number_of_requests(both: Both) -> None:
         both.backend.clear()
         one()
     assert calls(one) <= early
+
+
+def test_a_stream_that_has_begun_keeps_nothing_of_its_prompt(both: Both) -> None:
+    more = b',"user":"%b","stream":true,"stream_options":{"include_usage":true}'
+
+    def begun(size: int) -> int:
+        """Bytes that it takes."""
+        before, _ = tracemalloc.get_traced_memory()
+        both.ask(more % (b"x" * size))
+        both.stream()
+        both.event()
+        both.backend.clear()
+        taken = tracemalloc.get_traced_memory()[0] - before
+        both.connection.dataReceived(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+        return taken
+
+    begun(1)
+    tracemalloc.start()
+    try:
+        assert begun(1_000_000) < 100_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_request_leaves_nothing_to_the_garbage_collector(both: Both) -> None:

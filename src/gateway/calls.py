@@ -129,7 +129,7 @@ class Calls:
                 else structs.replace(asked.asked, model=settings.backend_model)
             )
             native = asked.native and settings.applied(asked.native)
-            call = structs.replace(asked, body=body, asked=read, native=native)
+            call = structs.replace(asked, body=body, asked=read, native=native, original=asked)
         ranges.check(call.asked, settings.ranges)
         record.served_model = settings.backend_model
         return call

@@ -195,7 +195,7 @@ class Inference:
                         # What was refused was not worked on.
                         lease.usage = reply.usage if call.generates and reply.status < 400 else None
                     else:
-                        await relay(reply, request, record, self._now, call.translation)
+                        await relay(reply, request, record, self._now, call)
                         self._settle(lease, record)
                 if isinstance(reply, Answer):  # it is all here: its backend need not wait for the client
                     await relay(reply, request, record, self._now)

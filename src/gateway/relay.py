@@ -19,13 +19,13 @@ from .backend import Answer, Stream
 from .core import sse
 from .core.endpoints import endpoint_of
 from .core.errors import BackendFailed, GatewayError, internal_error
-from .core.message_answers import Translation
-from .core.message_stream import MessageStream
 from .core.message_usage import MessageMeter
 from .core.record import Record
 from .core.scheduler import Scheduler
 from .core.tickets import Ticket
 from .core.trace_context import Trace
+from .core.wire import Call
+from .net.request import forget_body
 
 _log: Final = Logger("gateway.relay")
 
@@ -50,17 +50,17 @@ def relay(
     request: Request,
     record: Record,
     now: Callable[[], float],
-    translation: Translation | None = None,
+    call: Call | None = None,
 ) -> Awaitable[None]:
-    """Send the reply to the client, and finish the request. A stream goes through the ``translation``, if there is one.
+    """Send the reply to the client, and finish the request. A stream goes through the translation of its ``call``, if there is
+    one; the call is forgotten once the client has something of the answer.
 
     What fails after the first byte is told to the client in the stream itself and written into the
     record; what fails before it is raised, as is CancelledError when the client has gone.
     """
     if isinstance(reply, Answer):
         return _answer(reply, request, record)
-    told = None if translation is None or reply.native else translation.stream()
-    return _stream(reply, request, record, _Watch(reply, request, record, now, told))
+    return _stream(reply, request, record, _Watch(reply, request, record, now, call))
 
 
 async def _answer(answer: Answer, request: Request, record: Record) -> None:
@@ -214,11 +214,11 @@ def no_heartbeat(request: Request, record: Record, scheduler: Scheduler) -> None
 class _Watch:
     """Passes events on, and reads in passing what the record wants to know."""
 
-    def __init__(
-        self, stream: Stream, request: Request, record: Record, now: Callable[[], float], told: MessageStream | None
-    ) -> None:
+    def __init__(self, stream: Stream, request: Request, record: Record, now: Callable[[], float], call: Call | None) -> None:
+        translation = None if call is None or stream.native else call.translation
+        self._told = None if translation is None else translation.stream()
         self._stream = stream
-        self._told = told
+        self._call = call
         self._request = request
         self._record = record
         self._now = now
@@ -261,8 +261,8 @@ class _Watch:
 
     def _pass(self, data: bytes) -> None:
         if data:
-            if not self._request.startedWriting:
-                self._start()
+            if not self._sent:
+                self._begin()
             self._sent += len(data)
             self._request.write(data)
 
@@ -273,9 +273,14 @@ class _Watch:
                 trace.answered(event.data)
                 self._trace = None
 
-    def _start(self) -> None:
-        _start(self._stream, self._request, self._record)
-        unbuffered(self._request)
+    def _begin(self) -> None:
+        """From here on there is no other attempt."""
+        if not self._request.startedWriting:
+            _start(self._stream, self._request, self._record)
+            unbuffered(self._request)
+        forget_body(self._request)
+        if self._call is not None:
+            self._call.forget()
 
     def check_end(self, *, framed: bool) -> None:
         """Raises `BackendFailed` if the stream stopped before its answer was whole."""

@@ -20,7 +20,7 @@ from .schema import Asked, Schema, not_json
 class Call(msgspec.Struct):
     """One request as a backend is to see it: ``body`` is what the client sent, byte for byte, unless there is a ``translation``
     for the answer too, and ``asked`` what the gateway has read of it. ``generates``: it costs the backend a generation.
-    ``native``: the same as Anthropic's API has it.
+    ``native``: the same as Anthropic's API has it. ``original``: what the client asked, if the settings made this of it.
     """
 
     endpoint: Endpoint
@@ -31,6 +31,16 @@ class Call(msgspec.Struct):
     translation: Translation | None = None
     generates: bool = True
     native: bytes | None = None
+    original: Call | None = None
+
+    def forget(self) -> None:
+        """Its answer has begun, and nobody is to be asked again: a long prompt is not kept for as long as the answer takes."""
+        self.body, self.native, self.asked = b"", None, _FORGOTTEN
+        if self.original is not None:
+            self.original.forget()
+
+
+_FORGOTTEN: Final = Request()
 
 
 class BackendChange(Asked, forbid_unknown_fields=True):

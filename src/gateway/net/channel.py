@@ -124,7 +124,7 @@ class Channel(Protocol):
         reader = self._reader
         while self._request is None and not self._ending and not self._paused:
             if reader.ready:
-                self._start(reader.ready.popleft())
+                self._start(reader.ready.pop(0))
             elif self._held:
                 data = b"".join(self._held)
                 self._held = []

@@ -121,7 +121,7 @@ class Connection(Protocol):
                 self.transport.loseConnection()
             response.ended(DONE)
         if pending is not None:
-            pending.connection = None
+            pending.connection = pending.body = None  # what has an answer is not sent once more
             pending.response.callback(response)
             if self._take is None and self._response is response:
                 self.transport.pauseProducing()  # until somebody takes the body

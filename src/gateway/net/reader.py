@@ -7,7 +7,6 @@ understand and what a backend gets cannot differ. No socket and no clock: bytes 
 from __future__ import annotations
 
 import re
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 from urllib.parse import unquote_to_bytes
@@ -82,7 +81,7 @@ class Reader:
     """
 
     def __init__(self, limits: Limits, known: Known) -> None:
-        self.ready: deque[Message | Bad] = deque()
+        self.ready: list[Message | Bad] = []  # a deque has room for 64 from the beginning
         self.in_body = False
         self.body_bytes = 0
         self.expects = False

@@ -262,3 +262,9 @@ def body_of(request: server.Request) -> bytes:
         return request.body
     content: bytes = request.content.read()  # type: ignore[union-attr]  # there once the request is in
     return content
+
+
+def forget_body(request: server.Request) -> None:
+    """Nobody reads it any more."""
+    if isinstance(request, Request):
+        request.body = b""
