@@ -122,6 +122,16 @@ def test_a_late_token_starts_a_second_attempt_and_the_slower_one_is_cancelled() 
     assert not races.clock.getDelayedCalls()
 
 
+def test_the_slower_one_is_cancelled_before_anything_goes_on() -> None:
+    """What is done with the winner may be over before it is known that it has won: a whole answer may be there."""
+    races = Races()
+    seen: list[bool] = []
+    races.race().addCallback(lambda _: seen.append(races.attempts[0].cancelled))
+    races.clock.advance(QUICK * 1.1)
+    races.attempts[1].begin()
+    assert seen == [True]
+
+
 def test_the_first_may_still_win() -> None:
     races = Races()
     racing = races.race()

@@ -57,6 +57,7 @@ class _Race:
         self._again = again
         self._delay = delay
         self._running: list[Deferred[Begun]] = []
+        self._over = False
         self.won: Deferred[Begun] = Deferred(lambda _: self._stop())
         self._timer: IDelayedCall | None = clock.callLater(delay, self._late)
         self._run(ticket)
@@ -80,15 +81,17 @@ class _Race:
 
     def _begun(self, begun: Begun, running: Deferred[Begun]) -> None:
         self._running.remove(running)
-        if self.won.called:
+        if self._over:
             _discard(begun)
             return
+        self._over = True
+        self._stop()  # first: who is told goes on at once, and may be done with the request before that returns
         self.won.callback(begun)
-        self._stop()
 
     def _failed(self, failure: Failure, running: Deferred[Begun]) -> None:
         self._running.remove(running)
-        if not self._running and not self.won.called:
+        if not self._running and not self._over:
+            self._over = True
             self._stop()
             self.won.errback(failure)
 

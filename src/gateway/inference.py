@@ -110,21 +110,23 @@ class Inference:
         if limits is NO_LIMITS:
             return self._let_in(request, record, asked, call, ticket, fallbacks)
         let_in = partial(self._let_in, request, record, asked, call, ticket, fallbacks)
-        return self._limited(limits, request, record, call, ticket, let_in)
+        return self._limited(limits, request, record, call.asked.choices, ticket, let_in)
 
     async def _limited(
         self,
         limits: Limits,
         request: Request,
         record: Record,
-        call: wire.Call,
+        choices: int,
         ticket: Ticket,
         let_in: Callable[[], Awaitable[None]],
     ) -> None:
         """A request of a key that may not use all there is."""
-        allowance = await self._limiting.allow(limits, request, record, ticket, call.asked.choices)
+        allowance = await self._limiting.allow(limits, request, record, ticket, choices)
         try:
-            await let_in()
+            serving = let_in()
+            del let_in  # it has the prompt
+            await serving
         except BaseException as problem:
             allowance.end(record, problem)
             raise

@@ -24,6 +24,9 @@ from .logs import LineObserver
 from .notify import Notify, Pulse
 from .offspring import Handover, Program
 
+WHERE: Final = signal.SIGQUIT
+"""A worker says on standard error where its threads are, even when it hangs, and goes on: its parent logs that."""
+
 HANDOVER_SETTLE: Final = 5.0
 """Seconds at least in which a process that has handed its sockets over still answers on the connections that it has, so that
 their clients are told to open others."""
@@ -107,7 +110,7 @@ class Lifecycle:
         self.notify.startService()
         if self._pulse is not None:
             self._pulse.startService()
-            faulthandler.enable(2)  # a parent that finds it silent sends SIGABRT: where it hangs is in the log then
+            faulthandler.register(WHERE, 2)
         if self._starter is not None:
             self._starter.startReading()
 

@@ -137,7 +137,9 @@ def _checked(told: Told) -> Settings:
 def _shares_of(inherited: Inherited) -> Shares | None:
     if inherited.shares is None or inherited.worker is None:
         return None
-    return Shares(inherited.shares, inherited.workers, inherited.worker)
+    shares = Shares(inherited.shares, inherited.workers, inherited.worker)
+    os.close(inherited.shares)
+    return shares
 
 
 def _default_limits(settings: Settings) -> KeyLimits:
@@ -173,7 +175,7 @@ class Gateway(Service):
         scheduler = Scheduler(
             POLICIES[settings.policy](),
             Bounds(settings.queue_requests, settings.queue_bytes, settings.priority_aging),
-            shared=settings.workers > 1 or settings.redis_url is not None,
+            shared=settings.shared_backends or settings.workers > 1 or settings.redis_url is not None,
         )
         self.limiter = limiter_of(settings, reactor)
         self.limiting = Limiting(self.limiter, reactor.seconds, _default_limits(settings), settings.prices)
@@ -228,7 +230,7 @@ class Gateway(Service):
         resource, known = self.app.resource(), self.app.known()
         self.server = Server(resource, limits, reactor, answering.refused, known)
         self._admin_server = Server(resource, limits, reactor, answering.refused, known, admin=True)
-        self.server.shares = _shares_of(lifecycle.inherited)
+        self._shares = self.server.shares = _shares_of(lifecycle.inherited)
         self._edge = edge_of(settings, self.server, self._admin_server, reactor)
         metrics.registry.register(self._edge)
 
@@ -310,10 +312,10 @@ class Gateway(Service):
     def startService(self) -> None:
         super().startService()
         for name, bound in self._sockets.items():
-            shares = self.server.shares if name != "admin" else None
+            shares = self._shares if name != "admin" else None
             self._ports[name] = adopt(self._reactor, bound, self._edge.factories[name], shares)
-        if self.server.shares is not None:
-            self.server.shares.tell(0)
+        if self._shares is not None:
+            self._shares.tell(0)
         self.pool.startService()
         self.discovery.startService()
         for watching in self._watching:
@@ -372,6 +374,8 @@ class Gateway(Service):
         """Refuse new work, finish what is in flight, say goodbye to what is left, close everything."""
         lifecycle, hurry, grace = self._lifecycle, self._lifecycle.hurry, self._settings.grace
         lifecycle.closing()
+        if self._shares is not None:
+            self._shares.leave()
         self._files.stopService()
         self.reload.stop()
         self._edge.stop()
@@ -436,8 +440,6 @@ class Gateway(Service):
 
     async def _close(self, *names: str) -> None:
         """Listen there no longer. The file of a UNIX socket is left to a successor, and to the parent of a worker."""
-        if self.server.shares is not None and "http" in names:
-            self.server.shares.leave()
         alone = not self._lifecycle.handed_over and self._lifecycle.inherited.worker is None
         for name in names:
             port = self._ports.pop(name, None)

@@ -18,10 +18,10 @@ from twisted.logger import Logger
 
 from .core.settings import Settings
 from .inherited import Inherited
-from .lifecycle import HANDOVER_SETTLE, Lifecycle
-from .net.shares import Shares, shared_file
+from .lifecycle import HANDOVER_SETTLE, WHERE, Lifecycle
+from .net.shares import is_gone, shared_file
 from .offspring import Child, NotStarted, Program
-from .process import remove_unix, tell_running
+from .process import StartError, allow_files, remove_unix, tell_running
 
 BACKOFF: Final = (0.5, 30.0)
 """Seconds until a worker that ended is started again: at first, and at most."""
@@ -32,7 +32,10 @@ STEADY: Final = 60.0
 LOOKS: Final = 5
 """A worker is ended that has given no sign of life at so many looks in a row."""
 
-TRACEBACK_SECONDS: Final = 2.0
+FILES_OF_WORKER: Final = 4
+"""Open files of the parent for each: three pipes, and a port for operators."""
+
+WHERE_SECONDS: Final = 2.0
 """What a worker that hangs gets to say where."""
 
 PATIENCE: Final = 15.0
@@ -52,7 +55,11 @@ class Workers(Service):
         self._sockets = dict(sockets)
         self._reactor = reactor
         self._stopping = self._begun = False
-        self._shares = shared_file(settings.workers)
+        allow_files(FILES_OF_WORKER * settings.workers)
+        try:
+            self._shares = shared_file(settings.workers)
+        except OSError as problem:
+            raise StartError(f"GATEWAY_WORKERS: no memory to share: {problem}") from problem
         self._places = [
             _Place(self, lifecycle.program, number, settings, self._shares, reactor) for number in range(settings.workers)
         ]
@@ -136,12 +143,13 @@ class _Place:
         self._workers = workers
         self._program = program
         self._inherited = Inherited(worker=number, workers=settings.workers, shares=shares)
-        self._share = Shares(shares, settings.workers, number)
+        self._shares = shares
         self._timeout = settings.worker_timeout
         self._reactor = reactor
         self._called = f"worker {number + 1} of {settings.workers}"
         self._child: Child | None = None
         self._again: IDelayedCall | None = None
+        self._watch: IDelayedCall | None = None
         self._backoff = BACKOFF[0]
         self._started = 0.0
         self._silent = 0
@@ -159,25 +167,25 @@ class _Place:
         self.runs = True
         self._silent = 0
         if self._timeout and self._child is not None:
-            self._reactor.callLater(self._timeout / LOOKS, self._look, self._child)
+            self._watch = self._reactor.callLater(self._timeout / LOOKS, self._look, self._child)
         self._workers.came_up()
 
     def _look(self, child: Child) -> None:
         """Is it alive? Looks are counted, and not the time: the whole machine may have stood still."""
-        if child is not self._child:
-            return
         self._silent = 0 if child.heard else self._silent + 1
         child.heard = False
         if self._silent < LOOKS:
-            self._reactor.callLater(self._timeout / LOOKS, self._look, child)
+            self._watch = self._reactor.callLater(self._timeout / LOOKS, self._look, child)
             return
         _log.error("{called} has hung for {seconds:g} s, and is ended", called=self._called, seconds=self._timeout)
-        child.send(signal.SIGABRT)
-        self._reactor.callLater(TRACEBACK_SECONDS, child.send, signal.SIGKILL)
+        child.send(WHERE)
+        self._watch = self._reactor.callLater(WHERE_SECONDS, child.send, signal.SIGKILL)
 
     def _ended(self, how: str) -> str:
         self._child, self.runs = None, False
-        self._share.leave()
+        if self._watch is not None and self._watch.active():
+            self._watch.cancel()
+        is_gone(self._shares, self._inherited.worker or 0)
         if not self._workers.restarts:
             self._workers.gave_up()
         else:

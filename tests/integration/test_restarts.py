@@ -298,7 +298,11 @@ def test_a_worker_that_dies_is_started_again_and_the_others_go_on(two: Running) 
 
 def connections_of(pid: int) -> int:
     """Sockets that a process has open."""
-    return sum(str(file.readlink()).startswith("socket:") for file in Path(f"/proc/{pid}/fd").iterdir() if file.is_symlink())
+    count = 0
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            count += str(file.readlink()).startswith("socket:")
+    return count
 
 
 def test_connections_are_shared_evenly_and_one_that_hangs_holds_none_up(two: Running) -> None:
@@ -320,8 +324,7 @@ def test_connections_are_shared_evenly_and_one_that_hangs_holds_none_up(two: Run
                 connect()
             wait_for(partial(lambda place, count: held()[place] == count, other, there + 60))
             os.kill(pids[slow], signal.SIGCONT)
-            while held()[slow] < there + 40:
-                assert held()[other] < there + 80, held()  # on a machine that is busy the slow one is late now and then
+            while held()[slow] < there + 40:  # how soon: test_shares.py
                 connect()
                 time.sleep(0.01)
 
@@ -337,11 +340,39 @@ def test_a_worker_that_hangs_is_ended_and_started_again(tmp_path: Path) -> None:
         assert gateway.lines().count("has hung") == 1
 
 
-def test_a_worker_that_is_ended_says_where_it_was(two: Running) -> None:
-    os.kill(children(two.process.pid)[0], signal.SIGABRT)
-    wait_for(lambda: "worker 1 of 2 ended with signal 6" in two.lines())
-    assert "worker 1 of 2: Fatal Python error: Aborted" in two.lines()
-    assert " in doPoll" in two.lines()
+def test_a_worker_that_is_asked_says_where_it_is_and_goes_on(two: Running) -> None:
+    pids = children(two.process.pid)
+    os.kill(pids[0], signal.SIGQUIT)
+    wait_for(lambda: " in doPoll" in two.lines())
+    assert "worker 1 of 2: Current thread 0x" in two.lines()
+    os.kill(pids[0], signal.SIGQUIT)
+    wait_for(lambda: two.lines().count(" in doPoll") == 2)
+    assert children(two.process.pid) == pids
+
+
+def test_what_comes_while_one_worker_drains_the_others_answer(tmp_path: Path) -> None:
+    over = threading.Event()
+    hanging: list[bytes] = []
+
+    def slow(connection: Connection, request: tuple[bytes, dict[bytes, bytes], bytes]) -> None:
+        if b"hang" in request[2]:
+            hanging.append(request[2])
+            over.wait(PATIENCE)
+        else:
+            served(connection, request)
+
+    with backend(slow) as server, Running(tmp_path, "--workers", "2", BACKEND_URL=server.url) as gateway, ExitStack() as stack:
+        for _ in range(8):  # each worker has some
+            client = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=PATIENCE)
+            stack.callback(client.close)
+            client.request("POST", "/v1/chat/completions", HELLO.replace("hello", "hang"), {"Content-Type": "application/json"})
+        stack.callback(over.set)
+        wait_for(lambda: len(hanging) == 8)
+        os.kill(children(gateway.process.pid)[0], signal.SIGTERM)
+        wait_for(lambda: "stopping: requests in flight" in gateway.lines())
+        with Clients(gateway.port) as clients:
+            wait_for(lambda: clients.failures or min(clients.answered[kind] for kind in ("kept alive", "new connection")) >= 60)
+        assert not clients.failures
 
 
 def test_workers_go_with_their_parent(two: Running) -> None:

@@ -176,6 +176,13 @@ class Settings:
         "which backend a request goes to: where it is expected to be done first, each in turn, the one with the least work, "
         "that of its session, the one that has its prompt's beginning cached, or the cheapest device with room",
     )
+    shared_backends: bool = _row(
+        "false",
+        "GATEWAY_SHARED_BACKENDS",
+        switch,
+        "other gateways send to the same backends, and choose the same one for a prompt that none of them knows; with workers "
+        "or Redis it is so, else seen in what backends report",
+    )
     queue_requests: int = _row(
         "4096", "GATEWAY_QUEUE_REQUESTS", whole_number(0, 1048576), "most requests that wait for a backend at a time"
     )

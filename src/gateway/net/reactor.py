@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from twisted.internet import tcp, unix
 from twisted.internet.epollreactor import EPollReactor
+from twisted.internet.interfaces import IDelayedCall
 from twisted.internet.main import CONNECTION_DONE, CONNECTION_LOST, installReactor
 from twisted.python import log
 
@@ -76,13 +77,14 @@ class _Sharing(tcp.Port):
 
     shares: Shares | None = None
     reactor: Any
+    _left: IDelayedCall | None = None  # there is a connection that another worker is to take
 
     def doRead(self) -> None:
         if self.shares is None:
             super().doRead()
         elif self.shares.is_ahead():
             self.stopReading()
-            self.reactor.callLater(LEAVE_SECONDS, self._take_left)
+            self._left = self.reactor.callLater(LEAVE_SECONDS, self._take_left, self.shares)
         else:
             self._take()
 
@@ -90,11 +92,19 @@ class _Sharing(tcp.Port):
         self.numberAccepts = AT_ONCE
         super().doRead()
 
-    def _take_left(self) -> None:
+    def _take_left(self, shares: Shares) -> None:
         """What nobody has taken meanwhile, if anything."""
-        if self.connected:
-            self._take()
+        self._left = None
+        if self.connected and not self.disconnecting:
+            if not shares.leaves_all():
+                self._take()
             self.startReading()
+
+    def connectionLost(self, reason: Any) -> None:
+        if self._left is not None:
+            self._left.cancel()
+            self._left = None
+        tcp.Port.connectionLost(self, reason)  # that of a UNIX port would remove the file
 
 
 class _Port(_Sharing):
@@ -122,9 +132,6 @@ class _UnixPort(_Sharing, unix.Port):
         self.connected = True
         self.numberAccepts = 100
         self.startReading()
-
-    def connectionLost(self, reason: Any) -> None:
-        tcp.Port.connectionLost(self, reason)
 
 
 class _Connector(tcp.Connector):

@@ -88,7 +88,7 @@ class Server(Site):
     def closed(self, channel: Channel) -> None:
         """A channel's connection is gone."""
         self._channels.discard(channel)
-        if self.shares is not None and not self.draining:
+        if self.shares is not None:
             self.shares.tell(len(self._channels))
         if not self._channels and self._empty is not None:
             empty, self._empty = self._empty, None
