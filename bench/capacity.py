@@ -19,13 +19,13 @@ END: Final = "<!-- end -->"
 class Inputs(NamedTuple):
     """What the arithmetic stands on. us are microseconds of one core."""
 
-    request_us: float = 253.0
+    request_us: float = 95.0
     """A request of 1 KiB, with what is on by default (docs/performance.md)."""
     extras_us: float = 250.0
     """Keys, limits by Redis, ledger and sampled spans on top of it."""
-    event_us: float = 51.0
+    event_us: float = 20.0
     """An event of a stream, of which each brings one token."""
-    stream_kib: float = 20.6
+    stream_kib: float = 15.8
     process_mib: float = 62.0
     redis_us: float = 165.0
     """Of Redis' one core for a request: a script that reserves, another that settles (Redis 6.2, one connection)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -132,11 +133,12 @@ def machine() -> dict[str, str]:
         for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
         if line.startswith("model name")
     ]
+    optimized = "--enable-optimizations" in (sysconfig.get_config_var("CONFIG_ARGS") or "")
     return {
         "cpu": names[0] if names else platform.machine(),
         "cores": str(len(os.sched_getaffinity(0))),
         "kernel": platform.release(),
-        "python": platform.python_version(),
+        "python": platform.python_version() + ("" if optimized else ", not optimized (PGO)"),
         "when": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
 
