@@ -17,7 +17,7 @@ from .conftest import Logged
 BIG = bytes(range(256)) * 40_000
 """More than any socket takes at once."""
 
-MOST_TURNS = 5000
+MOST_TURNS = 2000
 
 
 class Server(Protocol):
@@ -130,6 +130,21 @@ def test_what_is_more_than_a_socket_takes_comes_in_order(connected: Connected) -
     connected.ask(much)
     whole = b"begin" + BIG + b"middle" + b"more" + BIG + b"end"
     assert connected.read(len(whole)) == whole
+
+
+def test_what_comes_after_a_part_that_the_socket_did_not_take_stays_behind_it(connected: Connected) -> None:
+    """A connection that is both readable and writable is read first, and then written to by the reactor itself."""
+
+    def both(transport: Any) -> None:
+        transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        transport.bufferSize = len(much)
+        transport.write(much)
+        transport.doWrite()
+        transport.write(b"end")
+
+    much = BIG[:500_000]
+    connected.ask(both)
+    assert connected.read(len(much) + 3) == much + b"end"
 
 
 def test_a_turn_that_writes_much_does_not_keep_it_to_its_end(connected: Connected) -> None:

@@ -67,6 +67,9 @@ class _Gathering(tcp.Connection):
         if not self._waits:
             return
         self._waits = False
+        if self.dataBuffer:  # doWrite was called meanwhile, and is not done: this comes after that
+            self.startWriting()
+            return
         waiting = self._tempDataBuffer
         data = waiting[0] if len(waiting) == 1 else b"".join(waiting)
         waiting.clear()
