@@ -38,12 +38,14 @@ _log: Final = Logger("gateway.net")
 
 
 class _Gathering(tcp.Connection):
-    """A TCP transport that writes at the end of the reactor's turn."""
+    """A transport of `Reactor`, which writes at the end of its turn."""
 
     reactor: Any
     _waits = False  # what there is to write, for the end of the turn
 
     def write(self, data: bytes) -> None:
+        if self._waits and len(data) > self.bufferSize:
+            self.send_waiting()  # to join much to what is before it would be to copy it
         if not self._waits:
             if (
                 self.dataBuffer
@@ -68,6 +70,7 @@ class _Gathering(tcp.Connection):
             return
         self._waits = False
         if self.dataBuffer:  # doWrite was called meanwhile, and is not done: this comes after that
+            self._maybePauseProducer()
             self.startWriting()
             return
         waiting = self._tempDataBuffer
@@ -83,9 +86,15 @@ class _Gathering(tcp.Connection):
         elif self.producer is not None and not self.streamingProducer:
             self.startWriting()  # it was registered meanwhile
 
-    def connectionLost(self, reason: Any) -> None:
+    def startTLS(self, *args: Any) -> None:
         self.send_waiting()
-        super().connectionLost(reason)
+        super().startTLS(*args)
+
+    def connectionLost(self, reason: Any) -> None:
+        try:
+            self.send_waiting()
+        finally:
+            super().connectionLost(reason)
 
     def doRead(self) -> Exception | None:  # type: ignore[override]  # twisted knows two exceptions
         try:
@@ -185,15 +194,19 @@ class Reactor(EPollReactor):
         """Have something to write at the end of this turn."""
         super().__init__()
 
+    def runUntilCurrent(self) -> None:
+        super().runUntilCurrent()
+        if not self.waiting:
+            return
+        for one in self.waiting:  # a producer that is to pause may make others write
+            try:
+                one.send_waiting()
+            except BaseException as problem:
+                _log.failure("what was written last is not sent")
+                log.callWithLogger(one, self._disconnectSelectable, one, problem, False)
+        self.waiting.clear()
+
     def doPoll(self, timeout: float | None) -> None:
-        if self.waiting:
-            waiting, self.waiting = self.waiting, []
-            for one in waiting:
-                try:
-                    one.send_waiting()
-                except BaseException:  # of a producer that is to pause
-                    _log.failure("what was written last is not sent")
-                    self._disconnectSelectable(one, sys.exc_info()[1], False)
         selectables = self._selectables
         events = self._poller.poll(-1 if timeout is None else timeout, AT_A_TIME)
         for fd, event in events:
@@ -237,6 +250,8 @@ def adopt(reactor: Any, bound: socket.socket, factory: Any, shares: Shares | Non
         made = reactor.adoptStreamPort(bound.fileno(), bound.family, factory)
     else:
         made = _UnixPort._fromListeningDescriptor(reactor, bound.fileno(), factory)
+        if not isinstance(reactor, Reactor):
+            made.transport = unix.Server
         made.startListening()
     if isinstance(made, _Sharing):
         made.shares = shares
