@@ -76,6 +76,11 @@ class Connected:
             one.connectionLost(None)
         reactor._poller.close()
 
+    @property
+    def transports(self) -> list[Any]:
+        """The server's, in the order in which their clients came."""
+        return [server.transport for server in self.servers]
+
     def turn(self) -> None:
         """Of the reactor: what is to be done, what goes out, what has come in."""
         self._turns += 1
@@ -241,11 +246,18 @@ def test_a_client_that_has_gone_is_noticed_by_what_is_written_to_it(connected: C
         transport.write(b"nobody reads this")
 
     connected.ask(many)
-    transport = connected.servers[0].transport
-    assert transport is not None
+    (transport,) = connected.transports
     while not connected.servers[0].lost:
         transport.write(b"nor this")
         connected.turn()
+
+
+def wait_with_too_much(transport: Any) -> None:
+    """Its producer will have to pause, but not before the end of the turn."""
+    transport.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    transport.bufferSize = 1_000_000
+    transport.write(BIG[:900_000])
+    transport.bufferSize = 1000
 
 
 def test_one_that_cannot_pause_holds_up_no_other(connected: Connected, logged: Logged) -> None:
@@ -254,14 +266,9 @@ def test_one_that_cannot_pause_holds_up_no_other(connected: Connected, logged: L
             raise ValueError("never")
 
     other = connected.connect()
-    first: Any
-    second: Any
-    first, second = (server.transport for server in connected.servers)
-    first.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    first, second = connected.transports
     Stubborn(first, pull=False)
-    first.bufferSize = 1_000_000
-    first.write(BIG[:900_000])
-    first.bufferSize = 1000
+    wait_with_too_much(first)
     second.write(b"here")
     connected.turn()
     assert select.select([other], [], [], PATIENCE)[0]
@@ -282,14 +289,9 @@ def test_what_one_that_pauses_makes_others_do_is_done_in_the_same_turn(connected
             timers.append(connected.reactor.callLater(1000, lambda: None))
 
     other = connected.connect()
-    first: Any
-    second: Any
-    first, second = (server.transport for server in connected.servers)
-    first.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    first, second = connected.transports
     talker = Talker(first, pull=False)
-    first.bufferSize = 1_000_000
-    first.write(BIG[:900_000])
-    first.bufferSize = 1000
+    wait_with_too_much(first)
     connected.reactor.runUntilCurrent()
     assert talker.paused == 1
     assert select.select([other], [], [], PATIENCE)[0]

@@ -230,7 +230,7 @@ class Gateway(Service):
         resource, known = self.app.resource(), self.app.known()
         self.server = Server(resource, limits, reactor, answering.refused, known)
         self._admin_server = Server(resource, limits, reactor, answering.refused, known, admin=True)
-        self._shares = self.server.shares = _shares_of(lifecycle.inherited)
+        self.server.shares = _shares_of(lifecycle.inherited)
         self._edge = edge_of(settings, self.server, self._admin_server, reactor)
         metrics.registry.register(self._edge)
 
@@ -312,10 +312,10 @@ class Gateway(Service):
     def startService(self) -> None:
         super().startService()
         for name, bound in self._sockets.items():
-            shares = self._shares if name != "admin" else None
+            shares = self.server.shares if name != "admin" else None
             self._ports[name] = adopt(self._reactor, bound, self._edge.factories[name], shares)
-        if self._shares is not None:
-            self._shares.tell(0)
+        if self.server.shares is not None:
+            self.server.shares.tell(0)
         self.pool.startService()
         self.discovery.startService()
         for watching in self._watching:
@@ -374,8 +374,8 @@ class Gateway(Service):
         """Refuse new work, finish what is in flight, say goodbye to what is left, close everything."""
         lifecycle, hurry, grace = self._lifecycle, self._lifecycle.hurry, self._settings.grace
         lifecycle.closing()
-        if self._shares is not None:
-            self._shares.leave()
+        if self.server.shares is not None:
+            self.server.shares.leave()
         self._files.stopService()
         self.reload.stop()
         self._edge.stop()

@@ -143,6 +143,7 @@ class _Place:
         self._workers = workers
         self._program = program
         self._inherited = Inherited(worker=number, workers=settings.workers, shares=shares)
+        self._number = number
         self._shares = shares
         self._timeout = settings.worker_timeout
         self._reactor = reactor
@@ -159,7 +160,7 @@ class _Place:
         self._again = None
         self._started = self._reactor.seconds()
         child = self._child = Child(self._called)
-        self._program.start(self._reactor, child, self._inherited, self._workers.sockets_for(self._inherited.worker or 0))
+        self._program.start(self._reactor, child, self._inherited, self._workers.sockets_for(self._number))
         child.ready.addCallbacks(self._ready, lambda failure: failure.trap(NotStarted))  # `_ended` is told of that too
         child.ended.addCallback(self._ended)
 
@@ -185,7 +186,7 @@ class _Place:
         self._child, self.runs = None, False
         if self._watch is not None and self._watch.active():
             self._watch.cancel()
-        is_gone(self._shares, self._inherited.worker or 0)
+        is_gone(self._shares, self._number)
         if not self._workers.restarts:
             self._workers.gave_up()
         else:
